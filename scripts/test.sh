@@ -8,6 +8,12 @@ set -euo pipefail
 source "$(dirname "$0")/env.sh" dev
 cd "$ROOT"
 
+if [ $# -eq 0 ]; then # while types are checked
+  {
+    PYTHONPATH=tests "$PYTHON" -c "import helpers.preload" # writes bytecode that each worker would write itself
+    "$PYTHON" tests/cuda/site/fakecuda/build.py            # for --cuda, below
+  } &
+fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
@@ -16,6 +22,6 @@ TESTS=("$PYTHON" -m pytest -n 2 --dist loadfile)
 [ $# -eq 0 ] || exec "${TESTS[@]}" "$@"
 failed=0
 "${TESTS[@]}" || failed=$?
-# In processes of their own: the device is loaded before torch.
-"${TESTS[@]}" --cuda || failed=$?
+# In processes of their own: the device is loaded before torch. One file has most of the work: its tests are shared.
+"${TESTS[@]}" --dist worksteal --cuda || failed=$?
 exit "$failed"

@@ -8,6 +8,7 @@ import compileall
 import functools
 import gc
 import os
+import re
 import sys
 import textwrap
 from collections import Counter, defaultdict
@@ -66,6 +67,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return OneWaits(config, log)
 
 
+_OF_DEVICE = "gpu or cuda"
 _no_device = pytest.StashKey[str]()
 
 
@@ -81,12 +83,19 @@ def _load_device(config: pytest.Config) -> None:
     torch = build.torch_folder()
     if refused := build.why_refused(torch):
         raise pytest.UsageError(f"--cuda: {refused}")
-    config.option.markexpr = config.option.markexpr or "gpu or cuda"
+    config.option.markexpr = config.option.markexpr or _OF_DEVICE
     config.stash[_no_device] = build.why_not(torch)
     if not config.stash[_no_device]:
         fakecuda.load()
         os.environ.update(fakecuda.environment())
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With --cuda, do not import the files that have no test of the device: most of them."""
+    if config.option.markexpr != _OF_DEVICE or not collection_path.match("test_*.py"):
+        return None
+    return None if re.search(r"mark\.(gpu|cuda)\b", collection_path.read_text()) else True
 
 
 def _asks_for_gpu(config: pytest.Config) -> bool:

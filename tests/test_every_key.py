@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.families import model_of
 from helpers.material import BASE, MODEL, as_toml
 from helpers.observed import (
     Observer,
@@ -129,6 +130,8 @@ CHATS |= {"model.tokenizer": "$MATERIAL/pairs", "validation.path": "$MATERIAL/ch
 DATASET: Settings = {"data.source": "hf", "data.path": "$MATERIAL/dataset"}
 PRETRAINED: Settings = {"model.config": None, "model.path": "$MATERIAL/earlier/run/export"}
 LORA: Settings = {"lora.rank": 4, "optimizer.lr": 1e-2}
+EXPERTS = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}
+EXPERTS |= {"moe_intermediate_size": 32, "head_dim": 16}
 PAIRS: Settings = {
     "data.source": "preference",
     "data.path": "$MATERIAL/pairs.jsonl",
@@ -143,6 +146,7 @@ TAUGHT: Settings = {
     "data.path": "$MATERIAL/taught.jsonl",
     "data.packing": "none",
 }
+INDEXED: Settings = {"model.config": {**model_of("deepseek_v32"), "vocab_size": 257}}
 SAVED: Settings = {"checkpoint.enable": None}
 VALIDATED: Settings = {"validation.enable": True}
 TRACED: Settings = {
@@ -258,6 +262,21 @@ MODELS = {
             ["q_proj"],
             lambda run, _: {n.split(".")[-4] for n in run.initial if "lora" in n} == {"q_proj"},
             LORA,
+        )
+    ],
+    "lora.target_parameters": [
+        Case(
+            ["experts.down_proj"],
+            lambda run, _: {n.split(".")[-4] for n in run.initial if "lora" in n} == {"experts"},
+            LORA | {"model.config": MODEL | EXPERTS},
+        )
+    ],
+    "lora.use_rslora": [
+        Case(True, lambda run, default: near(norms(run)[0], 2 * norms(default)[0]), LORA)
+    ],
+    "lora.use_dora": [
+        Case(
+            True, lambda run, _: any("lora_magnitude_vector" in name for name in run.initial), LORA
         )
     ],
 }
@@ -465,6 +484,14 @@ LOSS = {
     "loss.name": [
         Case("dpo", said("loss: DPO of pairs of completions, beta 0.1"), PAIRS),
         Case("distillation", said("loss: 1 of the divergence from "), TEACHER),
+    ],
+    "loss.indexer": [
+        Case(
+            "warmup",
+            lambda run, _: run.kept() == {x for x in run.initial if ".indexer." not in x},
+            INDEXED,
+        ),
+        Case("joint", lambda run, _: not run.kept(), INDEXED),
     ],
     "loss.beta": [
         Case(
@@ -787,6 +814,7 @@ PLANNED = {
             0.5,
             lambda run, _: run.facts["gpu_memory_gib"] == 0.5 and not run.facts["fits"],
             PLAN_OF_TWO,
+            slow=True,  # also in test_plan.py, which has plans of small GPUs
         )
     ],
     "plan.host_memory_gib": [

@@ -222,7 +222,7 @@ def test_a_multi_modal_model_without_its_weights(tmp_path: Path) -> None:
     assert '"qwen3_5" is multi-modal' in run_on_ranks(1, refusal, config, tables)[0]
     write_whole(tmp_path / "whole")
     settings = json.loads((tmp_path / "whole" / "config.json").read_text())
-    settings["quantization_config"] = {"quant_method": "fp8"}
+    settings["quantization_config"] = {"quant_method": "awq"}
     (tmp_path / "whole" / "config.json").write_text(json.dumps(settings))
     path = {"model.config": {}, "model.path": str(tmp_path / "whole")}
     assert "the weights are quantized" in run_on_ranks(1, refusal, config, path)[0]

@@ -41,7 +41,7 @@ from titan_ulysses.setup.checks import check_group
 from titan_ulysses.train.step import clip_gradients, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 3
+STEPS = 2
 Loaded = dict[str, Any]
 
 
@@ -210,7 +210,7 @@ CASES = [(name, SP2, 1) for name in LOADERS] + [
 def test_the_loop_equals_plain_transformers(
     name: str, degrees: tuple[int, int, int], accumulate: int
 ) -> None:
-    """Loss, gradients, parameters after three AdamW steps; plain transformers sees each document
+    """Loss, gradients, parameters after two AdamW steps; plain transformers sees each document
     alone.
     """
     found = run_on_ranks(
@@ -462,7 +462,7 @@ def test_a_policy_and_a_reference_do_not_touch_each_other() -> None:
 
 
 def losses_with_visits(visits: bool) -> tuple[list[float], list[float], dict[str, Tensor]]:
-    """Train three steps on sp2; visits: evaluate on whole sequences between backward and step, and
+    """Train two steps on sp2; visits: evaluate on whole sequences between backward and step, and
     score after it.
     """
     mesh, evaluated, losses = mesh_of(*SP2), [], []

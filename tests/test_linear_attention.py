@@ -39,7 +39,7 @@ KINDS = {"Gated DeltaNet": "qwen3_next", "Mamba-2": "granitemoehybrid", "convolu
 # Two rows for each of two data-parallel ranks: documents of one token, borders on those of ranks,
 # next to them and across them.
 PACKED = [(24,), (10, 13, 1), (6, 6, 12), (1, 1, 21, 1)]
-STEPS = 3
+STEPS = 2
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -107,7 +107,7 @@ ALWAYS = [*((kind, "sp3") for kind in KINDS), ("Mamba-2", "dp2 x sp2")]
 
 @pytest.mark.parametrize(("kind", "mesh"), slow_but([*product(KINDS, MESHES)], ALWAYS))
 def test_equals_one_plain_process(kind: str, mesh: str) -> None:
-    """Losses, norms, every gradient and parameter, three AdamW steps, in fp64."""
+    """Losses, norms, every gradient and parameter, two AdamW steps, in fp64."""
     check(model_of(KINDS[kind]), MESHES[mesh])
 
 

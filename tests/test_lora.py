@@ -103,6 +103,35 @@ def test_parity_with_peft(degrees: tuple[int, int, int], by_peft: Record) -> Non
     )
 
 
+DORA = LoRA(rank=3, alpha=6, use_dora=True, use_rslora=True)
+
+
+def add_dora_by_peft(model: nn.Module) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    settings = {"r": 3, "lora_alpha": 6, "use_dora": True, "use_rslora": True}
+    inject_adapter_in_model(LoraConfig(target_modules="all-linear", **settings), model)
+
+
+def train_dora(**options: Any) -> Record:
+    def prepare(model: nn.Module) -> None:
+        add_adapters(model, DORA)
+
+    return train_sharded(
+        (1, 1, 2), STARCODER2, STEPS, torch.float64, prepare=prepare, fill=fill, **options
+    )
+
+
+def test_dora_and_rslora() -> None:
+    """Against peft, whose weights are tiled, streamed and sharded here."""
+    expected = train_plain(STARCODER2, STEPS, torch.float64, prepare=add_dora_by_peft, fill=fill)
+    lengths = {name for name in expected.gradients[0] if "lora_magnitude_vector" in name}
+    assert len(lengths) == 2 * 6 and len(expected.gradients[0]) == 3 * 2 * 6
+    found = run_on_ranks(2, train_dora, stream_chunk_tokens=10, mlp_tile_tokens=5)[0]
+    worst = largest_difference(found, expected)
+    assert max(worst.values()) < 1e-12, {k: v for k, v in worst.items() if v >= 1e-12}
+
+
 def slope_of_dropout() -> tuple[float, float, float]:
     """Along a direction, with the same random numbers: the gradient's slope, the loss's; what
     dropout does to it.

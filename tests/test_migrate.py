@@ -275,6 +275,12 @@ def test_keys_that_depend_on_others(tmp_path: Path) -> None:
         ("warmup_steps: 7", "lr_scheduler.warmup_steps", 7),
         ("adapter: qlora\nlora_r: 8", "lora.quantize_base", "nf4"),
         ("adapter: lora\nload_in_4bit: true", "lora.quantize_base", "nf4"),
+        ("adapter: lora\nlora_r: 8\npeft_use_rslora: true", "lora.use_rslora", True),
+        (
+            "adapter: lora\nlora_r: 8\nlora_target_parameters: [mlp.experts.down_proj]",
+            "lora.target_parameters",
+            ["mlp.experts.down_proj"],
+        ),
         ("adam_beta1: 0.8\nadam_beta2: 0.95", "optimizer.betas", [0.8, 0.95]),
         ("gradient_accumulation_steps: 1", "training.global_batch_size", None),
     ]:

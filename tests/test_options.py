@@ -71,6 +71,11 @@ def test_keywords_of_earlier_versions(
             {"activation_checkpoint": {"offload": "hots"}},
             'activation_checkpoint.offload = "hots": needs "none", "host" or "disk"',
         ),
+        (
+            {"activation_checkpoint": {"mode": "none", "offload": "host"}},
+            'activation_checkpoint.offload = "host" moves checkpoints, and '
+            'activation_checkpoint.mode = "none" makes none: set ',
+        ),
         ({"memory": {"optimizer_offload": True}}, "memory.optimizer_offload = true: it is about"),
     ],
 )

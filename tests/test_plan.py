@@ -776,7 +776,8 @@ def test_bytes_of_other_kernels():
 
     aten = torch.ops.aten
     here = SimpleNamespace(phase="forward")
-    counter = CostCounter(SimpleNamespace(attribution=here, weight=3, events=[]), {})
+    tracker = SimpleNamespace(attribution=here, weight=3, events=[], layer=None)
+    counter = CostCounter(tracker, {})
     x, y = torch.ones(4, 8), torch.ones(4, 8)
     size = 4 * 8 * 4
     for func, args, moved in (
@@ -1005,6 +1006,7 @@ def test_preflight(monkeypatch):
     """A process of its own; nothing of it is left in this one. On a busy machine it is ready after
     the first step.
     """
+    from titan_ulysses.plan.__main__ import _plan_for_cpu
     from titan_ulysses.train import preflight
     from titan_ulysses.train.preflight import Preflight
 
@@ -1014,9 +1016,14 @@ def test_preflight(monkeypatch):
     assert small.lines()[0].endswith("`python train.py --plan` with these settings makes one.")
     assert small.obstacle() is None
     assert small.news() == small.measured(1.0) == []
-    enforced = Preflight(
-        config(plan__enforce=True, plan__host_memory_gib=1e-3), **run, gpu_memory=None
-    )
+    with monkeypatch.context() as patch:
+        # In this process: test_out_of_memory_says_what_to_lower has a plan for CPUs in its own.
+        patch.setattr(
+            Preflight, "_start", lambda self, asked: vars(self).update(plan=_plan_for_cpu(asked))
+        )
+        enforced = Preflight(
+            config(plan__enforce=True, plan__host_memory_gib=1e-3), **run, gpu_memory=None
+        )
     assert "MiB of tensors at the peak of a rank" in enforced.lines()[0]
     assert "plan.enforce = true: the run needs" in enforced.obstacle()
     assert (

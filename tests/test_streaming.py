@@ -72,7 +72,7 @@ DOCUMENTS = {"packed": PACKED, "whole": [(24,)] * 4, "exact": [(12, 12)] * 4, "o
 # The last chunk of 20 is smaller; 5 and 7 are rounded up to a multiple of P.
 CHUNKS = (12, 20, 5, 7)
 # The second one begins with what the first one has left: parameters, moments, stores.
-STEPS = 3
+STEPS = 2
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -159,9 +159,9 @@ def test_equals_one_plain_process(mesh: str, documents: str, chunk: int) -> None
 
 # Heads that P does not divide: a rank computes parts of the queries of a head, and of each of them
 # on its own where there are more ranks than heads.
-# Fewer heads than ranks: through train.py, below.
-SLOW_HEADS = [(2, 2), (14, 2), (3, 1), (2, 1), (1, 1), (7, 7)]
-HEADS = [(9, 3), (5, 1)] + [pytest.param(h, marks=pytest.mark.slow) for h in SLOW_HEADS]
+# Fewer heads than ranks: through train.py, below. One KV head: the test after this one.
+SLOW_HEADS = [(5, 1), (2, 2), (14, 2), (3, 1), (2, 1), (1, 1), (7, 7)]
+HEADS = [(9, 3)] + [pytest.param(h, marks=pytest.mark.slow) for h in SLOW_HEADS]
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=lambda heads: f"{heads[0]} of {heads[1]}")
@@ -177,12 +177,12 @@ def test_any_head_count_with_data_parallel_ranks(heads: tuple[int, int]) -> None
 # --- families -------------------------------------------------------------------------------------
 
 # Those with something of their own: windows and soft-caps, sinks, chunks and temperatures, each of
-# them by parts, of 6 query heads and 2 KV heads on 4 ranks; latent attention, an argument with
+# them by parts, of 6 query heads and 2 KV heads on 3 or 4 ranks; latent attention, an argument with
 # gradients beside the hidden states, experts.
 IN_CI = {
-    "gemma2": "sp4",
+    "gemma2": "sp3",
     "gpt_oss": "sp4",
-    "llama4_text": "sp4",
+    "llama4_text": "sp3",
     "deepseek_v3": "one",
     "gemma4_text": "sp2",
     "qwen3_moe": "dp2 x sp2",
@@ -478,7 +478,12 @@ def test_how_often_things_run(chunk: int, chunks: int, every: int, layers: int, 
 
 @pytest.mark.parametrize(
     ("degree", "heads"),
-    [(2, (6, 2)), (4, (9, 3)), (4, (2, 1)), pytest.param(4, (5, 1), marks=pytest.mark.slow)],
+    [
+        (2, (6, 2)),
+        (4, (9, 3)),
+        # On fewer heads than ranks (4, (9, 3)) has all terms of the closed form, too.
+        *(pytest.param(4, heads, marks=pytest.mark.slow) for heads in [(2, 1), (5, 1)]),
+    ],
     ids=str,
 )
 def test_what_travels(degree: int, heads: tuple[int, int]) -> None:
@@ -545,13 +550,18 @@ def test_keys_that_nothing_reads_any_more_are_not_held(length: int) -> None:
         assert run_on_ranks(2, held_tokens, window, [row]) == [most] * 2, (window, row)
 
 
-WINDOWS = {"window": 3, "wide": 11, "huge": 20}
+# Smaller than a chunk: gemma2 and gpt_oss in test_families_of_every_kind.
+WINDOWS = [
+    pytest.param(3, id="window", marks=pytest.mark.slow),
+    pytest.param(11, id="wide"),
+    pytest.param(20, id="huge", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(
     "mesh", ["sp4", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("sp2", "one"))]
 )
-@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
+@pytest.mark.parametrize("window", WINDOWS)
 def test_windows_across_chunks(mesh: str, window: int) -> None:
     """Smaller than a chunk, across two of them, and across most; documents are longer."""
     table = STARCODER2 | {"sliding_window": window}

@@ -267,8 +267,8 @@ def after_other_died(launcher: Launcher, hosts: Hosts, after_store_died: Episode
 
 @pytest.fixture(scope="module")
 def on_one_host(launcher: Launcher, hosts: Hosts, after_other_died: Episode) -> Ended:
-    settings = LONG | {"training.steps": STEPS}  # its ranks are no forks, as those of a user
-    return ended([launcher.start(settings, host=hosts[0], of="1")], within=START)[0]
+    settings = LONG | {"training.steps": STEPS}
+    return ended([launcher.start(settings, host=hosts[0], of="1", **forks())], within=START)[0]
 
 
 @linked

@@ -44,6 +44,9 @@ SPARSE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 ROUTED = {**SPARSE, "n_routed_experts": 4, "n_shared_experts": 1, "routed_scaling_factor": 1.5}
 ROUTED |= {"first_k_dense_replace": 1}
 GROUPS = {"n_group": 2, "topk_group": 1}
+# Each query reads 4 keys. With so many heads no key has a score of 0 from all of them: of equal
+# scores topk may take any.
+INDEXER = {"index_topk": 4, "index_n_heads": 32, "index_head_dim": 8}
 # What makes each family itself. No attention bias in glm4, whose RoPE turns only half of a head:
 # the bias of the keys' other half adds the same to all scores of a query, its gradient cancels, and
 # AdamW divides rounding by rounding. The key biases of qwen2 and gpt_oss are turned as a whole, and
@@ -96,6 +99,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {**LATENT, **ROUTED, **GROUPS, "topk_method": "group_limited_greedy"},
     "deepseek_v3": {**LATENT, **ROUTED, **GROUPS},
+    "deepseek_v32": {**LATENT, **ROUTED, **GROUPS, **INDEXER},
+    "glm_moe_dsa": {
+        **LATENT,
+        **ROUTED,
+        **INDEXER,
+        "num_hidden_layers": 3,
+        "indexer_types": ["full", "shared", "full"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
     "dots1": {**ROUTED, **GROUPS, **WINDOW, "max_window_layers": 1},
     "glm4_moe": {**ROUTED, **GROUPS, "use_qk_norm": True},
     "glm4_moe_lite": {**LATENT, **ROUTED, "mlp_layer_types": ["dense", "sparse"]},
@@ -173,6 +185,10 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "num_dense_layers": 1,
     },
 }
+VERIFIED: dict[str, dict[str, Any]] = {
+    family: {**LATENT, **ROUTED, **INDEXER} for family in ("axk2", "dots3_note_text", "hy_v4")
+}
+"""Families with indexers that are verified at each start: `model_of` makes them too."""
 # 5.17 has no sarvam_moe; it leaves a router of ernie4_5_moe without random numbers, and gemma4_text
 # has no fp64 there.
 LACKING = (
@@ -187,4 +203,4 @@ FAMILIES = {
 
 
 def model_of(family: str) -> dict[str, Any]:
-    return {**SMALL, "model_type": family, **FAMILIES[family]}
+    return {**SMALL, "model_type": family, **(FAMILIES | VERIFIED)[family]}

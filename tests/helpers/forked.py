@@ -8,7 +8,8 @@ The command is in the namespaces that it is started in, as on the hosts of hosts
 
 A fork gets what a new process would have: a session, an environment and signals of its own, and
 none of the open files. All else, the launcher's own code and torchrun's, is what runs otherwise.
-test_command_line.py, test_network.py and test_launchers.py have starts without forks.
+test_network.py has a start without forks; with --slow, test_command_line.py and test_launchers.py
+have others.
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.material import as_toml, write_earlier_run, write_material
 from helpers.ranks import run_on_ranks
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
 _MANY_STEPS = 10
 """A run that is to make more steps is sent SIGTERM when it has logged two of them."""
+_CHECKPOINT_FILE = re.compile(r"(/\S*)/checkpoint-\S+ \(deleted\)")
+"""Of a checkpoint on disk that is mapped, in /proc/self/maps: its folder."""
 
 
 @dataclass
@@ -185,8 +189,6 @@ def _with_files(seen: Seen, said: io.StringIO) -> Seen:
 
 
 def _whole(model: Any) -> dict[str, Any]:
-    from torch.distributed.tensor import DTensor
-
     from titan_ulysses.model import hf
 
     named = hf.named_parameters(model)
@@ -234,13 +236,23 @@ def _watching(watch: str, facts: dict[str, Any]) -> Iterator[None]:
     if watch != "operators":
         yield
         return
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+    with _Operators() as mode:
         yield
-    # (name, shape of the first input) -> calls
-    calls = ((event.name, tuple((event.input_shapes or [[]])[0])) for event in profiler.events())
-    facts["operators"] = Counter(calls)
+    facts["operators"] = mode.calls
+
+
+class _Operators(TorchDispatchMode):
+    """Counts calls of each (operator, shape of its first input), in forward and in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[tuple[str, tuple[int, ...]]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # its own calls come here with plain tensors
+        self.calls[func._schema.name, tuple(getattr(args[0], "shape", ())) if args else ()] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def _timeouts(run: Trainer) -> set[float]:
@@ -258,18 +270,17 @@ def _look_around(run: Trainer) -> dict[str, Any]:
     """What a run has made of its process."""
     import torch
 
+    maps = Path("/proc/self/maps")
+    if maps.exists() and _CHECKPOINT_FILE.search(maps.read_text()):
+        gc.collect()  # files of earlier runs may still be mapped
     segments = (getattr(module, "checkpoint_segment", None) for module in run.state.model.modules())
     stores = {id(segment.store): segment.store for segment in segments if segment and segment.store}
-    maps = Path("/proc/self/maps")
-    gc.collect()  # else files of earlier runs may still be mapped
     return {
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         # Bytes of each piece of host memory or disk that checkpoints wait in, and the folders of
         # those on disk.
         "buffers": [buffer.numel() for store in stores.values() for buffer in store.buffers],
-        "mapped": re.findall(
-            r"(/\S*)/checkpoint-\S+ \(deleted\)", maps.read_text() if maps.exists() else ""
-        ),
+        "mapped": _CHECKPOINT_FILE.findall(maps.read_text()) if maps.exists() else [],
         "timeouts": _timeouts(run),
         "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
         "wandb": getattr(sys.modules.get("wandb"), "calls", []),

@@ -212,9 +212,13 @@ def train_plain(
     *,
     prepare: Act | None = None,
     fill: Act | None = None,
+    more: Callable[[PreTrainedModel, Tensor], Tensor] | None = None,
 ) -> Record:
     """The same on one process: unmodified transformers, each document a forward of its own, plain
     AdamW.
+
+    more: after the forward of a document with these labels, what else is differentiated; it is no
+    part of the loss that is noted.
     """
     record = Record()
     plain = plain_model(model, dtype, experts=hf.experts_path(dtype))
@@ -228,13 +232,14 @@ def train_plain(
         trained, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
     )
     for micro_batches in steps:
-        total, valid = torch.zeros((), dtype=dtype), 0
+        total, total_of_others, valid = *torch.zeros(2, dtype=dtype), 0
         for rows in micro_batches:
             documents = [document for row in rows for document in row]
-            outputs = [
-                plain(input_ids=document.tokens[None, :-1], use_cache=False)
-                for document in documents
-            ]
+            outputs, others = [], torch.zeros((), dtype=dtype)
+            for document in documents:
+                outputs.append(plain(input_ids=document.tokens[None, :-1], use_cache=False))
+                if more is not None:
+                    others = others + more(plain, document.labels)
             for output, document in zip(outputs, documents, strict=True):
                 total = total + F.cross_entropy(
                     output.logits[0], document.labels, ignore_index=-100, reduction="sum"
@@ -245,8 +250,9 @@ def train_plain(
                     plain, [output.router_logits for output in outputs]
                 )
             valid += labels
+            total_of_others = total_of_others + others
         loss = total / valid
-        loss.backward()
+        (loss + total_of_others / valid).backward()
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), MAX_NORM)
         record.losses.append(loss.item())
         record.grad_norms.append(norm.item())

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from titan_ulysses.checkpoint.manifest import (
     write_json,
 )
 from titan_ulysses.distributed.errors import UserError, first_failure, one_line
+from titan_ulysses.model.released import form_of, weights_in
 
+CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 STEP_FILE = "training_step.json"
@@ -37,8 +40,55 @@ Get = Callable[[str], Any]
 """Returns a tensor by its name in the files, as a lazy slice that is read when it is indexed."""
 
 
-def find(path: str, *, setting: str = "model.path") -> dict[str, Path]:
-    """Return the file of each tensor in the folder (or hub snapshot) `path`.
+@dataclass
+class Stored:
+    """The tensors of a folder. A quantized weight, which several stored tensors make, is one."""
+
+    files: dict[str, Path]
+    """The file of each stored tensor."""
+    quantization: dict[str, Any] = field(default_factory=dict)
+    """quantization_config of config.json; empty if there is none."""
+
+    def __post_init__(self) -> None:
+        form, names = form_of(self.quantization), set(self.files)
+        self.form = form
+        self.quantized: dict[str, dict[str, str]] = {}
+        """The stored names of the parts of each quantized weight."""
+        used: set[str] = set()
+        if form:
+            self.quantized, used = weights_in(names, form)
+        self.names = (names - used) | set(self.quantized)
+
+    @property
+    def folder(self) -> Path:
+        return next(iter(self.files.values())).parent
+
+    def files_of(self, name: str) -> set[Path]:
+        return {self.files[part] for part in self.quantized.get(name, {"": name}).values()}
+
+    def get(self, name: str, tensors: dict[Path, Any]) -> Any:
+        """Return a tensor from open files, as a lazy slice or a `Quantized`, which is like one."""
+        parts = {
+            part: tensors[self.files[stored]].get_slice(stored)
+            for part, stored in self.quantized.get(name, {"": name}).items()
+        }
+        if name not in self.quantized:
+            return parts[""]
+        assert self.form is not None
+        return self.form(parts, self.quantization)
+
+    def describe(self) -> str:
+        """Return a sentence about quantized weights; empty if there are none."""
+        if not self.quantized or self.form is None:
+            return ""
+        return (
+            f"{len(self.quantized)} weights are stored in {self.form.form}, and read as the "
+            "numbers that they stand for; an export has these"
+        )
+
+
+def find(path: str, *, setting: str = "model.path") -> Stored:
+    """Return the tensors in the folder (or hub snapshot) `path`.
 
     As in transformers, the files are model.safetensors or those that the index names; if there is
     neither, all *.safetensors. setting: the name of the path in messages. Raise `UserError` if
@@ -70,14 +120,28 @@ def find(path: str, *, setting: str = "model.path") -> dict[str, Path]:
             raise UserError(
                 f"{where}: {file.name} is damaged ({one_line(error)}). {_AGAIN}"
             ) from error
+    quantization = _quantization(folder, where)
     if index is None:
-        return {name: file for file, names in held.items() for name in names}
+        found = {name: file for file, names in held.items() for name in names}
+        return Stored(found, quantization)
     for name, place in index.items():
         if name not in held[folder / place]:
             raise UserError(
                 f"{where}: {INDEX_FILE} says that {place} holds {name}, but it does not. {_AGAIN}"
             )
-    return {name: folder / place for name, place in index.items()}
+    return Stored({name: folder / place for name, place in index.items()}, quantization)
+
+
+def _quantization(folder: Path, where: str) -> dict[str, Any]:
+    """Return quantization_config of the folder's config.json; empty if there is none."""
+    if not (folder / CONFIG_FILE).is_file():
+        return {}
+    try:
+        settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        quantization = settings.get("quantization_config") or {}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{where}: {CONFIG_FILE} is damaged ({one_line(error)}).") from error
+    return quantization if isinstance(quantization, dict) else {}
 
 
 def _folder(path: str, setting: str) -> Path:
@@ -128,7 +192,7 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def opened(reads: list[Read], files: dict[str, Path]) -> Iterator[tuple[Get, Read]]:
+def opened(reads: list[Read], stored: Stored) -> Iterator[tuple[Get, Read]]:
     """Yield each read with a function that gets tensors from its open files.
 
     Reads are grouped by the files that they need. The files are closed after each group, because
@@ -136,7 +200,7 @@ def opened(reads: list[Read], files: dict[str, Path]) -> Iterator[tuple[Get, Rea
     """
 
     def of(read: Read) -> list[Path]:
-        return sorted({files[name] for name in read.names})
+        return sorted({file for name in read.names for file in stored.files_of(name)})
 
     for needed, group in groupby(sorted(reads, key=of), key=of):
         with ExitStack() as stack:
@@ -145,7 +209,7 @@ def opened(reads: list[Read], files: dict[str, Path]) -> Iterator[tuple[Get, Rea
             }
 
             def get(name: str, tensors: dict[Path, Any] = tensors) -> Any:
-                return tensors[files[name]].get_slice(name)
+                return stored.get(name, tensors)
 
             for read in group:
                 yield get, read

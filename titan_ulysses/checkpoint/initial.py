@@ -71,7 +71,7 @@ def check_initial_weights(config: Config) -> None:
 def initialize(model: PreTrainedModel, config: Config) -> str | None:
     """Fill a sharded model with the initial weights of the run. Collective.
 
-    Return a line about tensors in the files that the model does not have, or None. Raise
+    Return lines about quantized weights and tensors that the model does not have, or None. Raise
     `UserError` if the weights do not fit the model.
     """
     initial, seed, note = config.checkpoint.initial_load_path, config.training.seed, None
@@ -79,8 +79,12 @@ def initialize(model: PreTrainedModel, config: Config) -> str | None:
         growing = token_parameters(model) if config.model.resize_embeddings else ()
         loaded = weights.load(model, base.path, setting=base.setting, growing=growing)
         fill_new_rows(model, loaded.fewer_rows, seed)
+        notes = [f'{base.setting} = "{base.path}": {loaded.quantized}'] if loaded.quantized else []
         if loaded.unknown:
-            note = weights.describe_unknown(loaded.unknown, model, base.path, setting=base.setting)
+            notes.append(
+                weights.describe_unknown(loaded.unknown, model, base.path, setting=base.setting)
+            )
+        note = "\n".join(notes) or None
     else:
         hf.initialize(model, seed)
     initialize_adapters(model, seed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from transformers import (
 from titan_ulysses.checkpoint.folder import (
     INDEX_FILE,
     Get,
+    Stored,
     expect_as_exported,
     find,
     opened,
@@ -46,6 +48,9 @@ from titan_ulysses.model.nf4 import full_tensor
 from titan_ulysses.model.parameter_names import is_adapter
 
 _EXPORT_FILE_BYTES = 4 * 2**30
+_READ_AT_ONCE = 2**24
+"""Numbers that are read at once: quantized ones take several tensors while they are computed."""
+_FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 _GENERATION_FILE = "generation_config.json"
 
 # --- in -------------------------------------------------------------------------------------------
@@ -58,6 +63,8 @@ class Loaded(NamedTuple):
     """Names of tensors in the files that the model does not have."""
     fewer_rows: dict[str, int]
     """For each growing parameter with fewer rows in the files than in the model: that number."""
+    quantized: str
+    """A sentence about weights that are quantized in the files; empty if none is."""
 
 
 @torch.no_grad()
@@ -74,23 +81,23 @@ def load(
     Raise `UserError` if tensors of the model are missing in the files or have another shape, or if
     a run has exported the files, and they are not what it wrote.
     """
-    files, where = find(path, setting=setting), f'{setting} = "{path}"'
-    expect_as_exported(files, where)
+    stored, where = find(path, setting=setting), f'{setting} = "{path}"'
+    expect_as_exported(stored.files, where)
     layout, state = Layout(model), hf.state_of(model)
-    reads, unknown = layout.reads(set(files))
+    reads, unknown = layout.reads(stored.names)
     growing = {layout.main[name] for name in growing}
-    found = _check_complete(layout, reads, files, hf.class_name(model), where, growing=growing)
+    found = _check_complete(layout, reads, stored, hf.class_name(model), where, growing=growing)
     made = {read.target for read in reads}
     # The files may contain a tied tensor under several names. The others must equal the main one.
     twins = [
         r for r in reads if layout.main[r.target] != r.target and layout.main[r.target] in made
     ]
-    for get, read in opened([read for read in reads if read not in twins], files):
-        for part, stored in _parts(read, state, get):
-            part.copy_(stored)
+    for get, read in opened([read for read in reads if read not in twins], stored):
+        for part, values in _parts(read, state, get):
+            part.copy_(values)
     twin = None
-    for get, read in opened(twins, files):
-        if not all(torch.equal(part, stored.to(part)) for part, stored in _parts(read, state, get)):
+    for get, read in opened(twins, stored):
+        if not all(torch.equal(part, values.to(part)) for part, values in _parts(read, state, get)):
             twin = read.target
     if twin := first_failure(twin):
         raise UserError(
@@ -98,9 +105,8 @@ def load(
             "them to one tensor. Set tie_word_embeddings = false there."
         )
     rows = {name: len(found[name][1]) for name in growing}
-    return Loaded(
-        unknown, {name: count for name, count in rows.items() if count < len(state[name])}
-    )
+    fewer = {name: count for name, count in rows.items() if count < len(state[name])}
+    return Loaded(unknown, fewer, stored.describe())
 
 
 def open_folder(
@@ -112,13 +118,13 @@ def open_folder(
     one tensor by name; and the names of tensors that the model does not have. No more than one
     `Read` is in memory at a time. Raise `UserError` as `load` does.
     """
-    files, layout, where = find(path, setting=setting), Layout(plain), f'{setting} = "{path}"'
-    expect_as_exported(files, where)
-    reads, unknown = layout.reads(set(files))
-    found = _check_complete(layout, reads, files, hf.class_name(plain), where)
+    stored, layout, where = find(path, setting=setting), Layout(plain), f'{setting} = "{path}"'
+    expect_as_exported(stored.files, where)
+    reads, unknown = layout.reads(stored.names)
+    found = _check_complete(layout, reads, stored, hf.class_name(plain), where)
 
     def fetch(name: str) -> Tensor:
-        for get, read in opened([found[layout.main[name]][0]], files):
+        for get, read in opened([found[layout.main[name]][0]], stored):
             made = {layout.main[made]: tensor for made, tensor in _whole(read, get).items()}
         return made[layout.main[name]]
 
@@ -139,7 +145,7 @@ def describe_unknown(
 def _check_complete(
     layout: Layout,
     reads: list[Read],
-    files: dict[str, Path],
+    stored: Stored,
     model: str,
     where: str,
     *,
@@ -151,7 +157,7 @@ def _check_complete(
     where the model has others.
     """
     found: dict[str, tuple[Read, Tensor]] = {}
-    for get, read in opened(reads, files):
+    for get, read in opened(reads, stored):
         try:
             made = read.convert(
                 {p: [without_data(get(n)) for n in names] for p, names in read.sources.items()}
@@ -168,21 +174,21 @@ def _check_complete(
         and not (name in found and _fits(found[name][1], tensor, grows=name in growing))
     ]
     if wrong:
-        raise UserError(f"{where}: {_why_incomplete(layout, files, model, wrong, found)}")
+        raise UserError(f"{where}: {_why_incomplete(layout, stored, model, wrong, found)}")
     return found
 
 
 def _fits(stored: Tensor, wanted: Tensor, *, grows: bool) -> bool:
     """Return whether a stored tensor fills a wanted one, or the first rows of one that grows."""
-    if stored.is_floating_point() != wanted.is_floating_point():
-        return False  # copying would round the numbers, or make whole numbers weights
+    if stored.is_floating_point() != wanted.is_floating_point() or stored.dtype in _FLOAT8:
+        return False  # copying would round the numbers, or take codes for weights
     has, needs = stored.shape, wanted.shape
     return has == needs or (grows and has[1:] == needs[1:] and has[0] < needs[0])
 
 
 def _why_incomplete(
     layout: Layout,
-    files: dict[str, Path],
+    stored: Stored,
     model: str,
     wrong: list[str],
     found: dict[str, tuple[Read, Tensor]],
@@ -190,9 +196,9 @@ def _why_incomplete(
     """Say which tensors are missing, or which one has another shape or kind, and what to do."""
     expected = layout.expected()
     if missing := [
-        stored for name in wrong for stored in expected.get(name, [name]) if stored not in files
+        part for name in wrong for part in expected.get(name, [name]) if part not in stored.names
     ]:
-        total = len({stored for names in expected.values() for stored in names})
+        total = len({part for names in expected.values() for part in names})
         return (
             f"{len(missing)} of {total} tensors of {model} are not in its safetensors: "
             f"{some(missing)}. A file is missing, or config.json belongs to a different model: "
@@ -204,10 +210,11 @@ def _why_incomplete(
         name = name if read.converter else read.names[0]
         shape = str(tuple(tensor.shape))
         model_dtype = layout.state[wrong[0]].dtype
-        if tensor.is_floating_point() != model_dtype.is_floating_point:
+        if tensor.is_floating_point() != model_dtype.is_floating_point or tensor.dtype in _FLOAT8:
             return (
                 f"{name} is stored as {tensor.dtype}, but {model} needs {model_dtype}. It is "
-                "quantized or damaged: use the original weights."
+                "damaged, or quantized in a form that config.json does not say: use the original "
+                "weights."
             )
     wanted = tuple(layout.state[wrong[0]].shape)
     return (
@@ -222,22 +229,24 @@ def _parts(read: Read, state: dict[str, Tensor], get: Get) -> Iterator[tuple[Ten
         for name, made in _whole(read, get).items():
             yield local_shard(state[name]), made[_slices(state[name])]
         return
-    # One target, of which only this rank's rows are read.
-    part, (rows, *within) = local_shard(state[read.target]), _slices(state[read.target]) or (...,)
-    if read.converter is None:
-        stored = get(read.names[0])
-        if shape := stored.get_shape():  # there may be fewer rows in the file
-            rows = slice(rows.start, max(rows.start, min(rows.stop, shape[0])))
-            part = part[: rows.stop - rows.start]
-        if part.numel():
-            index = (rows, *within)
-            yield part, stored[index]
-    elif part.numel():
-        [made] = read.convert(
-            {p: [get(n)[...] for n in names[rows]] for p, names in read.sources.items()}
-        ).values()
-        index = (slice(None), *within)
-        yield part, made[index]
+    # One target, of which only this rank's rows are read, some at a time.
+    target = state[read.target]
+    part, (rows, *within) = local_shard(target), _slices(target) or (...,)
+    if not target.shape:
+        yield part, get(read.names[0])[...]
+        return
+    if read.converter is None:  # there may be fewer rows in the file
+        rows = slice(rows.start, max(rows.start, min(rows.stop, get(read.names[0]).get_shape()[0])))
+    some = max(1, _READ_AT_ONCE // max(1, math.prod(target.shape[1:])))
+    for start in range(rows.start, rows.stop, some):
+        chosen = slice(start, min(start + some, rows.stop))
+        if read.converter is None:
+            values = get(read.names[0])[(chosen, *within)]
+        else:
+            sources = {p: [get(n)[...] for n in names[chosen]] for p, names in read.sources.items()}
+            [made] = read.convert(sources).values()
+            values = made[(slice(None), *within)]
+        yield part[start - rows.start : chosen.stop - rows.start], values
 
 
 def _whole(read: Read, get: Get) -> dict[str, Tensor]:
@@ -354,8 +363,8 @@ def _gather(parameter: Tensor, delta: Delta | None = None, *, keep: bool) -> Ten
     whole = whole.detach().cpu().contiguous() if keep else None
     if delta is None:
         return whole
-    a, b = (_gather(p, keep=keep) for p in (delta.a, delta.b))
-    return delta.added_to(whole, a, b) if keep else None
+    parts = [_gather(p, keep=keep) for p in delta.parts]
+    return delta.added_to(whole, *parts) if keep else None
 
 
 @torch.no_grad()
@@ -369,7 +378,9 @@ def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
     writes = not dist.is_initialized() or dist.get_rank() == 0
     adapters = {name: p for name, p in hf.named_parameters(model) if is_adapter(name)}
     # In peft's files, names lack the adapter's name and have a prefix for peft's two wrappers.
-    names = {name: f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}" for name in adapters}
+    # DoRA's have no ".weight" there either.
+    short = {x: x.replace(f"vector.{ADAPTER}.weight", "vector") for x in adapters}
+    names = {x: f"base_model.model.{y.replace(f'.{ADAPTER}.', '.')}" for x, y in short.items()}
     tensors = {names[name]: _gather(p, keep=writes) for name, p in adapters.items()}
     with _raise_on_all_ranks(folder):
         if writes:
@@ -409,8 +420,9 @@ def _write_configs(
 ) -> None:
     config = copy.deepcopy(model.config)
     config.architectures = [hf.class_name(model)]
-    if hasattr(config, "auto_map"):
-        del config.auto_map  # it names code that is not in the folder and was not used
+    for key in ("auto_map", "quantization_config"):  # code that was not used; forms of the release
+        if hasattr(config, key):
+            delattr(config, key)
     config.save_pretrained(folder)
     if model.generation_config is not None:
         # Not by `save_pretrained`, which validates: it would refuse the generation config of many

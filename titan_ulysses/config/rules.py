@@ -7,6 +7,7 @@ Most are declared beside the setting that they are about, as `Needs` and `Exclud
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from titan_ulysses.config.fields import Needs, Section, rules_of
 from titan_ulysses.config.schema import KEYS, Config, SourceSettings
@@ -32,15 +33,24 @@ def broken_rules(config: Config) -> list[str]:
     and `{default}` for its default; `{other}`, `{other_name}`, `{other_value}` and
     `{other_default}` for the same of the setting that it needs or excludes.
     """
-    problems = []
-    for place, table in tables(config):
-        for key, field in type(table).model_fields.items():
-            broken = (_broken(config, place, table, key, rule) for rule in rules_of(field))
-            problems += [problem for problem in broken if problem][:1]
-    return problems
+    found = (
+        broken_rule(config, place, table, key)
+        for place, table in tables(config)
+        for key in type(table).model_fields
+    )
+    return [problem for problem in found if problem]
 
 
-def _broken(config: Config, place: str, table: Section, key: str, rule: Needs) -> str | None:
+def broken_rule(config: Any, place: str, table: Section, key: str) -> str | None:
+    """Return the message of the first rule that the setting `key` of a table at `place` breaks.
+
+    config: has the sections that these rules name.
+    """
+    rules = rules_of(type(table).model_fields[key])
+    return next(filter(None, (_broken(config, place, table, key, rule) for rule in rules)), None)
+
+
+def _broken(config: Any, place: str, table: Section, key: str, rule: Needs) -> str | None:
     """Return the message of a rule of the setting `key` in a table at `place`, if it is broken."""
     value, default = getattr(table, key), type(table).model_fields[key].default
     if (value == default if rule.of is None else value not in rule.of) or not rule.where(table):

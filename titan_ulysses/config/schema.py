@@ -179,6 +179,9 @@ class Model(Section):
         return finite(table or {}) or None
 
 
+_OF_EXPERTS = "the adapters of experts have neither dropout nor DoRA, as in peft. Clear one of them"
+
+
 class LoRA(Section):
     rank: int = Field(0, ge=0, le=2**16)
     """Rank of LoRA adapters. Only the adapters are trained; the model itself is frozen. 0: no
@@ -200,8 +203,26 @@ class LoRA(Section):
     """Probability of dropout on the inputs of the adapters during training."""
     target_modules: list[str] = setting([], _WITH_ADAPTERS)
     """Linear layers that get an adapter: names ("q_proj") or patterns ("layers.1?.mlp.*"). Empty:
-    all except the head.
+    all except the head; with lora.target_parameters, none.
     """
+    target_parameters: list[str] = setting(
+        [],
+        _WITH_ADAPTERS,
+        Excludes("lora.dropout", text="{this} and {other} are both set: " + _OF_EXPERTS),
+        Excludes("lora.use_dora", text="{this} and {other} are both set: " + _OF_EXPERTS),
+        Excludes(
+            "compile.enable",
+            text="{this} with {other}: experts with adapters are not compiled. Set {name} = [], "
+            "or {other_name} = false",
+        ),
+    )
+    """Parameters of experts that get an adapter for each expert, as in peft: names
+    ("experts.gate_up_proj", "experts.down_proj") or patterns. Empty: none.
+    """
+    use_rslora: bool = setting(False, _WITH_ADAPTERS)
+    """rsLoRA: the scale is alpha / sqrt(rank)."""
+    use_dora: bool = setting(False, _WITH_ADAPTERS)
+    """DoRA: adapters for the direction of each row of a weight, and its length is trained too."""
     quantize_base: Literal["none", "nf4"] = setting(
         "none",
         _WITH_ADAPTERS,
@@ -455,6 +476,19 @@ class Loss(Section):
     """distillation: temperature of both distributions."""
     teacher_share: float = setting(1.0, _read_by("distillation"), gt=0, le=1)
     """distillation: share of the divergence in the loss. The rest is cross-entropy."""
+    indexer: Literal["frozen", "warmup", "joint"] = setting(
+        "frozen",
+        _read_by("cross_entropy"),
+        Excludes(
+            "lora.rank",
+            text="{other} and {this} are both set: LoRA freezes all but its adapters, and exports "
+            'no trained indexer. Set lora.rank = 0 or {name} = "frozen"',
+        ),
+    )
+    """Training of the indexers that choose the keys of attention (deepseek_v32; arXiv 2512.02556).
+    warmup: attention reads all keys, and only indexers are trained, by the divergence of their
+    scores from it. joint: by the same over the chosen keys, and the model is trained beside them.
+    """
 
 
 class Parallelism(Section):

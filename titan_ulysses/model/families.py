@@ -22,13 +22,16 @@ from titan_ulysses.config.toml import to_toml
 from titan_ulysses.distributed.errors import UserError, one_line
 from titan_ulysses.memory.losses import shape_scores
 from titan_ulysses.model.hf import build_on_meta
+from titan_ulysses.model.released import check_form
 from titan_ulysses.model.router import unknown_router_loss
+from titan_ulysses.ulysses.indexer import INDEXED, has_unknown_indexers
 from titan_ulysses.ulysses.linear_attention import KINDS, WITH_STATE, WITHOUT_STATE, described
 
 CHECKED_FAMILIES = {
     "bamba",
     "deepseek_v2",
     "deepseek_v3",
+    "deepseek_v32",
     "dots1",
     "ernie4_5_moe",
     "exaone_moe",
@@ -39,6 +42,7 @@ CHECKED_FAMILIES = {
     "glm4",
     "glm4_moe",
     "glm4_moe_lite",
+    "glm_moe_dsa",
     "gpt_oss",
     "granite",
     "granitemoehybrid",
@@ -231,7 +235,9 @@ def computes_with_embeddings(config: PreTrainedConfig) -> bool:
 
 
 def attention_needs(config: PreTrainedConfig) -> set[str]:
-    """Return the keywords that a core must take for this model, of "window", "softcap", "sinks"."""
+    """Return the keywords that a core must take for this model, of "window", "softcap", "sinks",
+    "chosen".
+    """
     needs = set()
     if getattr(config, "sliding_window", None) is not None and getattr(
         config, "use_sliding_window", True
@@ -239,8 +245,10 @@ def attention_needs(config: PreTrainedConfig) -> set[str]:
         needs.add("window")
     if getattr(config, "attn_logit_softcapping", None) is not None:
         needs.add("softcap")
-    if config.model_type == "gpt_oss":
+    if config.model_type in ("gpt_oss", "hy_v4"):
         needs.add("sinks")
+    if INDEXED in (layer_types(config) or ()):
+        needs.add("chosen")
     return needs
 
 
@@ -295,18 +303,15 @@ def check_family(config: PreTrainedConfig) -> None:
             "others, save the text part as a separate model, if transformers has a class for it "
             "(gemma3_text, llama4_text), and train that."
         )
-    if quantization := getattr(config, "quantization_config", None):
-        method = getattr(quantization, "quant_method", quantization)
-        if isinstance(quantization, dict):
-            method = quantization.get("quant_method")
-        raise UserError(
-            f'model: the weights are quantized ("{getattr(method, "value", method)}", by '
-            "quantization_config of config.json), and cannot be trained in that form. Take the "
-            "model in bf16, or save it dequantized by transformers."
-        )
+    check_form(config)
     _check_rope(config)
     states = None
-    if others := sorted(set(layer_types(config) or ()) - WITH_STATE - WITHOUT_STATE):
+    others = sorted(set(layer_types(config) or ()) - WITH_STATE - WITHOUT_STATE)
+    if INDEXED in (layer_types(config) or ()) and has_unknown_indexers(
+        build_on_meta(config, torch.float32)
+    ):
+        others.append(INDEXED)
+    if others:
         states = (
             f"layers of type {_named(config, others)}, which carry state along the sequence or "
             f"choose what to see (known are {KINDS})"

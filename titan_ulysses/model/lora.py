@@ -19,8 +19,10 @@ from titan_ulysses.config.schema import LoRA
 from titan_ulysses.config.toml import to_toml
 from titan_ulysses.distributed.errors import UserError, one_line
 from titan_ulysses.distributed.seeds import seed_of
+from titan_ulysses.distributed.tensors import local_shard
 from titan_ulysses.model import hf
-from titan_ulysses.model.nf4 import is_nf4
+from titan_ulysses.model.expert_adapters import factors, wrapped_parameters
+from titan_ulysses.model.nf4 import NF4Weight, is_nf4
 from titan_ulysses.model.parameter_names import matching, plain
 from titan_ulysses.model.torchao import suppress_torchao_warnings
 
@@ -42,18 +44,20 @@ def check_lora(settings: LoRA) -> None:
 
 
 def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
-    """Add an adapter to each chosen linear layer, freeze all else, and return how many were added.
+    """Add an adapter to each chosen layer and parameter, freeze all else, and count the adapters.
 
     This is done in place and before sharding. `settings.target_modules` holds names or patterns
-    (see `names.matching`). If it is empty, all linear layers except the head get an adapter, as
-    with peft's "all-linear". The experts of a mixture get none, because they are not layers of
-    their own. An adapted layer computes W x + (alpha / rank) B A dropout(x), with A [rank, in] and
-    B [out, rank] in W's dtype. UserError for a pattern that matches no linear layer.
+    (see `names.matching`) of linear layers, and `settings.target_parameters` those of parameters of
+    experts. If both are empty, all linear layers except the head get an adapter, as with peft's
+    "all-linear". An adapted layer computes W x + s B A dropout(x), with A [rank, in] and B [out,
+    rank] in W's dtype, and s = alpha / rank, or alpha / sqrt(rank) by rsLoRA (arXiv 2312.03732).
+    With DoRA (arXiv 2402.09353), each row of W + s B A is scaled to a length that is trained. For
+    experts see expert_adapters.py. UserError for a pattern that matches nothing.
     """
     check_lora(settings)
     head, modules = model.get_output_embeddings(), model.named_modules()
     linear = [name for name, m in modules if isinstance(m, nn.Linear) and m is not head]
-    targets = _targets(linear, model, settings)
+    targets, parameters = _targets(linear, model, settings), _target_parameters(model, settings)
     with suppress_torchao_warnings():  # peft imports torchao wherever it is installed
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -61,8 +65,11 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
             r=settings.rank,
             lora_alpha=settings.alpha,
             lora_dropout=settings.dropout,
+            use_rslora=settings.use_rslora,
+            use_dora=settings.use_dora,
             target_modules=sorted(targets),
             task_type="CAUSAL_LM",
+            **({"target_parameters": sorted(parameters)} if parameters else {}),
         )
         try:
             with torch.device(next(model.parameters()).device):
@@ -72,20 +79,23 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
             raise UserError(
                 f"lora.target_modules: peft refuses them. {names} Peft says: {one_line(error)}"
             ) from error
-    if other := sorted({name for name, _ in _adapted_layers(model)} ^ targets):
+    wanted = {f"{name}.weight" for name in targets} | parameters
+    if other := sorted(wanted ^ {name for name, _ in _adapted_weights(model)}):
         # peft goes by names, and in some mixtures takes shared experts and dense MLPs for experts.
         raise UserError(
             f'lora.target_modules: in a "{model.config.model_type}" peft adapts {other[0]} as a '
-            f"part of a mixture of experts, which cannot be sharded. {_outside_mlps(linear)}"
+            f"part of a mixture of experts, not as asked. {_outside_mlps(linear)}"
         )
-    for _, layer in _adapted_layers(model):
-        for part in (layer.lora_A, layer.lora_B):
-            part.to(layer.base_layer.weight.dtype)
-    return len(targets)
+    for _, layer in _adapted_weights(model):
+        for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+            part.to(_base(layer).dtype)
+    return len(wanted)
 
 
 def _targets(linear: list[str], model: PreTrainedModel, settings: LoRA) -> set[str]:
     """The names of the layers that get an adapter."""
+    if not settings.target_modules and settings.target_parameters:
+        return set()
     if not linear:
         raise UserError(
             f'lora.rank = {settings.rank}: "{model.config.model_type}" has no linear layers for '
@@ -95,6 +105,22 @@ def _targets(linear: list[str], model: PreTrainedModel, settings: LoRA) -> set[s
         return set(linear)
     setting, what = "lora.target_modules", "linear layer that can have an adapter"
     return matching(settings.target_modules, linear, setting=setting, what=what, tails=True)
+
+
+def _target_parameters(model: PreTrainedModel, settings: LoRA) -> set[str]:
+    """The names of the parameters of experts that get an adapter."""
+    if not settings.target_parameters:
+        return set()
+    setting, what = "lora.target_parameters", "parameter of experts, [experts, ..., ...]"
+    owners = [x for x in model.named_modules() if not isinstance(x[1], nn.Conv1d)]
+    own = [(path, *x) for path, m in owners for x in m.named_parameters(recurse=False)]
+    experts = [f"{path}.{name}" for path, name, p in own if p.ndim == 3]
+    if not experts:
+        raise UserError(
+            f'{setting}: "{model.config.model_type}" has no parameters that experts share. Name '
+            "linear layers, in lora.target_modules."
+        )
+    return matching(settings.target_parameters, experts, setting=setting, what=what, tails=True)
 
 
 def _outside_mlps(linear: list[str], but: str = "") -> str:
@@ -110,9 +136,10 @@ def _outside_mlps(linear: list[str], but: str = "") -> str:
 def initialize_adapters(model: nn.Module, seed: int) -> None:
     """Fill the adapters, if any, as peft does: A with Kaiming uniform numbers, B with zeros.
 
-    The numbers are drawn from (seed, name) and then sliced.
+    The numbers are drawn from (seed, name) and then sliced. The lengths that DoRA trains begin with
+    those of the rows of the weights, which must be in the model already.
     """
-    for name, layer in _adapted_layers(model):
+    for name, layer in _adapted_weights(model):
         a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
         whole = {m: torch.empty(m.weight.shape, dtype=m.weight.dtype) for m in (a, b)}
         with (
@@ -120,10 +147,15 @@ def initialize_adapters(model: nn.Module, seed: int) -> None:
             hf.swap_parameters(a, {"weight": whole[a]}),
             hf.swap_parameters(b, {"weight": whole[b]}),
         ):
-            torch.manual_seed(seed_of(seed, f"{name}.lora"))
+            torch.manual_seed(seed_of(seed, f"{name.removesuffix('.weight')}.lora"))
             layer.reset_lora_parameters(ADAPTER, True)
         for module, values in whole.items():
             hf.fill(module.weight, values)
+        for lengths in layer.lora_magnitude_vector.values():
+            # A rank has as many rows of the weight as of their lengths.
+            rows, own = local_shard(_base(layer)), local_shard(lengths.weight)
+            rows = rows.dequantized() if isinstance(rows, NF4Weight) else rows
+            own.copy_(torch.linalg.vector_norm(rows.to(own.dtype), dim=1))
 
 
 @contextmanager
@@ -132,45 +164,65 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
     peft's own switch would change which parameters are trained, on which FSDP counts.
     """
-    scales = [(layer.scaling, layer.scaling[ADAPTER]) for _, layer in _adapted_layers(model)]
-    for scaling, _ in scales:
-        scaling[ADAPTER] = 0.0
+    layers = [layer for _, layer in _adapted_weights(model)]
+    before = [(layer.scaling[ADAPTER], dict(layer.lora_variant)) for layer in layers]
+    for layer in layers:
+        layer.scaling[ADAPTER] = 0.0
+        layer.lora_variant.clear()  # DoRA, which would scale the rows
     try:
         yield
     finally:
-        for scaling, scale in scales:
-            scaling[ADAPTER] = scale
+        for layer, (scale, variants) in zip(layers, before, strict=True):
+            layer.scaling[ADAPTER] = scale
+            layer.lora_variant.update(variants)
 
 
 class Delta(NamedTuple):
-    """What an adapter adds to a weight: scale * b @ a."""
+    """What an adapter adds to a weight: scale * b @ a, of experts that of each; and what DoRA does.
 
-    a: nn.Parameter
-    b: nn.Parameter
-    scale: float
+    Weights and parts are whole tensors, gathered from all ranks.
+    """
+
+    layer: nn.Module
+    """The layer of peft that has the adapter."""
+    parts: tuple[nn.Parameter, ...]
+    """The parameters of the adapter: a, b and, with DoRA, the lengths of rows."""
     dtype: torch.dtype
     """The dtype of the merged weight: that of the adapter, but at least fp32. Of a weight in NF4 it
     is that of the computation, because 4 bits have no digits that fp32 would save.
     """
 
-    def added_to(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Return the merged weight; weight, a and b are whole tensors, gathered from all ranks."""
-        wide = torch.promote_types(self.b.dtype, torch.float32)
-        return (weight.to(wide) + self.scale * (b.to(wide) @ a.to(wide))).to(self.dtype)
+    def added_to(self, weight: Tensor, a: Tensor, b: Tensor, *lengths: Tensor) -> Tensor:
+        """Return the merged weight."""
+        wide = torch.promote_types(b.dtype, torch.float32)
+        a, b, merged = a.to(wide), b.to(wide), weight.to(wide)
+        left, right = factors(self.layer, a, b) if weight.ndim == 3 else (b, a)
+        merged = merged + self.layer.scaling[ADAPTER] * (left @ right)
+        for length in lengths:
+            merged *= (length.to(wide) / torch.linalg.vector_norm(merged, dim=1))[:, None]
+        return merged.to(self.dtype)
 
 
 def deltas(model: nn.Module) -> dict[str, Delta]:
     """Return the Delta of each weight that has an adapter, by the weight's plain name."""
     found = {}
-    for name, layer in _adapted_layers(model):
-        base, (a, b) = layer.base_layer.weight, (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER])
-        wide = torch.promote_types(b.weight.dtype, torch.float32)
-        dtype = base.dtype if is_nf4(base) else wide
-        found[f"{name}.weight"] = Delta(a.weight, b.weight, layer.scaling[ADAPTER], dtype)
+    for name, layer in _adapted_weights(model):
+        base, b = _base(layer), layer.lora_B[ADAPTER].weight
+        dtype = base.dtype if is_nf4(base) else torch.promote_types(b.dtype, torch.float32)
+        lengths = (part.weight for part in layer.lora_magnitude_vector.values())
+        found[name] = Delta(layer, (layer.lora_A[ADAPTER].weight, b, *lengths), dtype)
     return found
 
 
-def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _adapted_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each of peft's layers with an adapter, with the plain name of the weight it adapts."""
+    yield from wrapped_parameters(model)
     for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
-            yield plain(name), module
+        if hasattr(module, "lora_A") and not hasattr(module, "parameter_name"):
+            yield f"{plain(name)}.weight", module
+
+
+def _base(layer: nn.Module) -> Tensor:
+    """Return the weight that a layer of peft adapts."""
+    wraps_parameter = hasattr(layer, "parameter_name")
+    return layer.get_param() if wraps_parameter else layer.get_base_layer().weight

@@ -315,7 +315,7 @@ def _matrices(block: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]
     for path, module in list(block.named_modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             linear = isinstance(module, nn.Linear) and name == "weight"
-            experts = parameter.ndim == 3 and path.endswith("experts")
+            experts = parameter.ndim == 3 and plain(path).endswith("experts")
             frozen = not parameter.requires_grad and not is_router(plain(path))
             if frozen and (linear or experts):
                 yield module, name, parameter

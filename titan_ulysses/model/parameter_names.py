@@ -10,14 +10,17 @@ from fnmatch import fnmatchcase
 from titan_ulysses.config.toml import to_toml
 from titan_ulysses.distributed.errors import UserError
 
-_ADAPTER = re.compile(r"\.lora_[AB]\.")
+_ADAPTER = re.compile(r"\.lora_(A|B|magnitude_vector)\.")
 _ADAPTED = re.compile(r"\.base_layer(?=\.|$)")
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 def plain(name: str) -> str:
-    """Return a parameter's or module's name in the transformers model, which has no adapters."""
-    return _ADAPTED.sub("", name)
+    """Return a parameter's or module's name in the transformers model, which has no adapters.
+
+    That of an adapter stays as peft has it, which nests those of several parameters of a module.
+    """
+    return name if is_adapter(name) else _ADAPTED.sub("", name)
 
 
 def is_adapter(name: str) -> bool:

@@ -86,6 +86,8 @@ _SIZES = {
     "mamba_d_ssm": _HIDDEN,
     "mamba_chunk_size": 8,
     "chunk_size": 8,
+    "index_head_dim": 32,
+    "index_n_heads": 32,
 }
 """Largest widths of the tiny model, for those of these names that a config has."""
 
@@ -95,6 +97,7 @@ _SIZES_OF_ANY = {
     "sliding_window": 8,
     "attention_chunk_size": 8,
     "first_k_dense_replace": 1,
+    "index_topk": 4,
 }
 """The same where the config's model is as narrow already."""
 

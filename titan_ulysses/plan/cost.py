@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,10 @@ TO_DEVICE, OFF_DEVICE = "hidden states to the device", "hidden states off the de
 """Copies of `memory.stream_offload`."""
 
 
+Amount = Fraction | int
+"""FLOPs or bytes. Exact, so that an amount does not depend on the order of its sums."""
+
+
 @dataclass
 class Cost:
     """The cost of one rank in one step."""
@@ -58,11 +63,8 @@ class Cost:
     recomputation included, bytes read and written for "other kernels", and bytes of copies
     """
 
-    def __mul__(self, times: float) -> Cost:
-        return Cost(Counter({key: amount * times for key, amount in self.amounts.items()}))
-
     def total(self, kind: str) -> float:
-        return sum(amount for (_, of_kind), amount in self.amounts.items() if of_kind == kind)
+        return float(sum(n for (_, of_kind), n in self.amounts.items() if of_kind == kind))
 
     @property
     def flops(self) -> float:
@@ -70,15 +72,16 @@ class Cost:
 
 
 class Tick(NamedTuple):
-    """An amount after one operation, from which `clock` computes when the operation ends."""
+    """The cost of one operation, from which `clock` computes when the operation ends."""
 
     event: int
     """the number of `MemoryTracker.events` before the end of the operation"""
     stage: str
     kind: str
     """a kind of `Cost.amounts`, or "exchange", whose amount is in bytes"""
-    amount: float
-    """the cumulative amount of this kind in this stage, this operation included"""
+    amount: Amount
+    layer: int | None = None
+    """see `Allocation.layer`"""
 
 
 class CostCounter:
@@ -86,7 +89,7 @@ class CostCounter:
     operations that it stands for.
     """
 
-    def __init__(self, tracker: MemoryTracker, scores: dict[int | None, float]):
+    def __init__(self, tracker: MemoryTracker, scores: dict[int | None, Amount]):
         """scores: the number of (query, key) pairs in a row of each layer, for layers where the
         shapes of the call do not say it (see `Standin`).
         """
@@ -97,18 +100,29 @@ class CostCounter:
         """Start counting from 0."""
         self.cost = Cost()
         self.ticks: list[Tick] = []
-        self._exchanged: Counter[str] = Counter()
-        """bytes of exchanges, by stage"""
-        self._latest: Counter[tuple[str, str]] = Counter()
 
-    def add(self, kind: str, amount: float) -> None:
-        """Add the cost of what no operation shows, times the number that it stands for."""
+    def add(self, kind: str, amount: Amount) -> str:
+        """Add the cost of what no operation shows, times the number that it stands for. Returns
+        the stage.
+        """
         stage = STAGES.get(self._tracker.attribution.phase, "update")
-        self.cost.amounts[stage, kind] += self._tracker.weight * amount  # type: ignore[assignment]
+        self.cost.amounts[stage, kind] += amount * self._tracker.weight  # type: ignore[assignment]
+        return stage
 
     def __call__(self, func, args: tuple, kwargs: dict, result) -> None:
-        weight = self._tracker.weight
-        stage = STAGES.get(self._tracker.attribution.phase, "update")
+        kind, amount = self._of(func, args, kwargs, result)
+        if not amount:
+            return
+        tracker = self._tracker
+        if kind == "exchange":  # its bytes are in the collectives
+            stage = STAGES.get(tracker.attribution.phase, "update")
+        else:
+            stage = self.add(kind, amount)
+        tick = Tick(len(tracker.events), stage, kind, amount * tracker.weight, tracker.layer)
+        self.ticks.append(tick)
+
+    def _of(self, func, args: tuple, kwargs: dict, result) -> tuple[str, Amount]:
+        """Return the kind and the amount of an operation's cost."""
         if func in _ATTENTION:
             backward = _ATTENTION[func] == 5
             query, key = args[1:3] if backward else args[:2]
@@ -116,30 +130,21 @@ class CostCounter:
                 query.shape[2], key.shape[2]
             )
             products = _ATTENTION[func] * 2 * query.shape[0] * query.shape[1] * query.shape[3]
-            kind = "attention backward" if backward else "attention forward"
-            self.cost.amounts[stage, kind] += products * pairs * weight
-        elif (packet := func._overloadpacket) is torch.ops.aten._grouped_mm:
-            self.cost.amounts[stage, "matmul"] += weight * _grouped_flops(*args[:2])
-        elif packet in flop_registry:
+            return f"attention {'backward' if backward else 'forward'}", products * pairs
+        packet = func._overloadpacket
+        if packet is torch.ops.aten._grouped_mm:
+            return "matmul", _grouped_flops(*args[:2])
+        if packet in flop_registry:
             # torch's formulas do not expect the output dtype that some products take.
             shapes = [x for x in args if not isinstance(x, torch.dtype)]
-            self.cost.amounts[stage, "matmul"] += weight * flop_registry[packet](
-                *shapes, **kwargs, out_val=result
-            )
-        elif func.namespace == "aten" and not func.is_view and func._opname not in _MOVE_NOTHING:
+            return "matmul", flop_registry[packet](*shapes, **kwargs, out_val=result)
+        if func.namespace == "aten" and not func.is_view and func._opname not in _MOVE_NOTHING:
             moved = (args, kwargs) if func._opname in _OVERWRITE else (args, kwargs, result)
-            self.cost.amounts[stage, "other kernels"] += weight * sum(
-                x.numel() * x.element_size() for x in tensors_in(moved)
-            )
-        elif func._opname == "all_to_all_single":
-            self._exchanged[stage] += weight * args[0].numel() * args[0].element_size()
-        # The amounts that the operation changed.
-        event, amounts = len(self._tracker.events), self.cost.amounts
-        now = {kind: amounts[stage, kind] for kind in KINDS} | {"exchange": self._exchanged[stage]}
-        for kind, amount in now.items():
-            if amount != self._latest[stage, kind]:
-                self._latest[stage, kind] = amount
-                self.ticks.append(Tick(event, stage, kind, amount))
+            sizes = (x.numel() * x.element_size() for x in tensors_in(moved))
+            return "other kernels", sum(sizes)
+        if func._opname == "all_to_all_single":
+            return "exchange", args[0].numel() * args[0].element_size()
+        return "", 0
 
 
 def _grouped_flops(a: Tensor, b: Tensor) -> int:
@@ -152,8 +157,8 @@ def _grouped_flops(a: Tensor, b: Tensor) -> int:
     return 2 * both * a.shape[-2] * a.shape[-1] * b.shape[-1]
 
 
-def _causal_pairs(queries: int, keys: int) -> float:
-    return queries * (queries + 1) / 2 if queries == keys else queries * keys
+def _causal_pairs(queries: int, keys: int) -> int:
+    return queries * (queries + 1) // 2 if queries == keys else queries * keys
 
 
 @dataclass(frozen=True)
@@ -266,7 +271,11 @@ def step_time(
     rates: see `Setup.rates`.
     """
     seconds = Counter(
-        {key: amount / rates[key[1]] for key, amount in cost.amounts.items() if key[1] in rates}
+        {
+            key: float(amount) / rates[key[1]]
+            for key, amount in cost.amounts.items()
+            if key[1] in rates
+        }
     )
     exchange = links.exchange_seconds(exchanged, gpu)
     stages: Counter[str] = Counter()
@@ -317,13 +326,7 @@ def clock(
     stage that waits, and that of copies of parameters over forward and backward. The transfer of an
     offloaded optimizer's state is spread over the update.
     """
-    # The seconds of each operation by itself: a tick holds cumulative amounts.
-    latest: defaultdict[tuple[str, str], float] = defaultdict(float)
-    own: list[float] = []
-    for tick in ticks:
-        key = tick.stage, tick.kind
-        own.append((tick.amount - latest[key]) / rates[tick.kind])
-        latest[key] = tick.amount
+    own = [float(tick.amount) / rates[tick.kind] for tick in ticks]
     totals: defaultdict[str, float] = defaultdict(float)
     for tick, seconds in zip(ticks, own, strict=True):
         totals[tick.stage] += seconds

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,8 +49,8 @@ class FakeOperations:
     other calls go to FakeTensorMode.
     """
 
-    def __init__(self) -> None:
-        self._known: dict[tuple, Any] = {}
+    _known: ClassVar[dict[tuple, Any]] = {}
+    """what all simulations of a process have called: the next one is of much the same shapes"""
 
     def __call__(self, func, args: tuple, kwargs: dict[str, Any]) -> Any:
         kind = _kind(func)

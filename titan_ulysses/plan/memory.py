@@ -52,6 +52,8 @@ class Allocation:
     dtype: torch.dtype
     label: str = ""
     """the name of the tensor, where it is known and does not follow from the other fields"""
+    layer: int | None = None
+    """the layer that it is of; None for what is of no layer, or of several"""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,39 @@ class Peak:
         return {component: size for component, size in totals.most_common() if size}
 
 
-class MemoryTracker(TorchDispatchMode):
+class History:
+    """The allocations and releases of a step, in order."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Allocation, int]] = []
+        """(allocation, change of its bytes), in order"""
+        self.moments: list[Moment] = []
+        """the moment of each event"""
+        self.layers: list[int | None] = []
+        """the layer at work in forward and backward; None for none, and in the rest of the step"""
+
+    def peak(self, *places: Place, first: int = 0) -> Peak:
+        """Return the peak of the bytes in `places` together, from event number `first` on."""
+        total = highest = 0
+        at = first
+        for index, (allocation, change) in enumerate(self.events):
+            if allocation.place in places:
+                total += change
+                if index >= first and total > highest:
+                    highest, at = total, index
+        alive: Counter[Allocation] = Counter()
+        for allocation, change in self.events[: at + 1]:
+            if allocation.place in places:
+                alive[allocation] += change
+        return Peak(
+            highest,
+            self.moments[at],
+            at,
+            {allocation: size for allocation, size in alive.items() if size},
+        )
+
+
+class MemoryTracker(History, TorchDispatchMode):
     """A dispatch mode that records each allocation and release of fake tensors, in order.
 
     workspace(function, arguments, result) returns the bytes that the operation's kernel holds while
@@ -82,12 +116,9 @@ class MemoryTracker(TorchDispatchMode):
     """
 
     def __init__(self, workspace: Callable[..., int]):
-        super().__init__()
+        History.__init__(self)
+        TorchDispatchMode.__init__(self)
         self.attribution: Attribution | None = None
-        self.events: list[tuple[Allocation, int]] = []
-        """(allocation, change of its bytes), in order"""
-        self.moments: list[Moment] = []
-        """the moment of each event"""
         self.place: Place = "device"
         """where new storages are"""
         self.observers: list[Callable[..., None]] = []
@@ -96,11 +127,15 @@ class MemoryTracker(TorchDispatchMode):
         self.parameters_on_host = False
         self.weight = 1
         """how many operations the current one stands for"""
+        self.layer: int | None = None
+        """the layer of the current operation, or of all that it is given"""
         self._workspace = workspace
         self._run = FakeOperations()
         self._alive: dict[int, tuple[Allocation, weakref.ref]] = {}
         self._sizes: dict[int, int] = {}
         self._resizable: dict[int, weakref.ref] = {}
+        self._claimed: dict[Allocation, int | None] = {}
+        """the layer that `claim` gave to an allocation"""
         self._in_shape_propagation = False
         self._moment = Moment("setup", Owner("other", "setup"), "")
 
@@ -144,6 +179,7 @@ class MemoryTracker(TorchDispatchMode):
             owner = self.attribution.here()
             functions = creating_functions()
             self._moment = Moment(self.attribution.phase, owner, func._opname, functions)
+            self.layer = self._layer_of((args, kwargs)) if owner.layer is None else owner.layer
         result = self._run(func, args, kwargs)
         kernel = self._note_results(func, args, kwargs, result)
         for observer in self.observers:
@@ -161,15 +197,19 @@ class MemoryTracker(TorchDispatchMode):
         component = _fsdp_component(func)
         if component is None and self._brings_parameter(func, args):
             component = "gathered parameters"
-        for tensor in tensors_in((result, kwargs.get("out"))):
-            self._note(tensor, func, component)
+        results = [*tensors_in((result, kwargs.get("out")))]
+        layers = [self.layer] * len(results)
+        if len(results) > 1 and isinstance(args[0], (list, tuple)) and self.layer is None:
+            layers = [self._layer_of(x) for x in args[0]]  # an operation for each of a list
+        for tensor, layer in zip(results, layers, strict=False):
+            self._note(tensor, func, component, layer)
         if func._opname == "chunk_cat":
             self.claim(args[0], "gradients")
         workspace = self._workspace(func, args, result)
         passing = self._transient_bytes(func, args, component)
         if not workspace and not passing:
             return None
-        kernel = self._allocation((), torch.uint8, component)
+        kernel = self._allocation((), torch.uint8, component, self.layer)
         if workspace:
             kernel.made = kernel.made._replace(created_in=(WORKSPACE,))
         else:
@@ -192,7 +232,18 @@ class MemoryTracker(TorchDispatchMode):
             return sum(x.numel() * x.element_size() for x in tensors_in(args[:1]))
         return 0
 
-    def _note(self, tensor: Tensor, func, component: str | None) -> None:
+    def _layer_of(self, value: object) -> int | None:
+        """Return the layer that the tensors in value are of; None if they are not of one. Where
+        there is no tensor, the layer of the operation before.
+        """
+        tensors = [*tensors_in(value)]
+        known = (self._alive.get(x.untyped_storage()._cdata) for x in tensors)
+        layers = {found[0].layer for found in known if found is not None} - {None}
+        if not tensors:
+            return self.layer
+        return layers.pop() if len(layers) == 1 else None
+
+    def _note(self, tensor: Tensor, func, component: str | None, layer: int | None) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._alive:
@@ -203,7 +254,7 @@ class MemoryTracker(TorchDispatchMode):
                 if component == "gradients":
                     self._resizable.pop(key, None)
             return
-        allocation = self._allocation(tuple(tensor.shape), tensor.dtype, component)
+        allocation = self._allocation(tuple(tensor.shape), tensor.dtype, component, layer)
         self._alive[key] = allocation, weakref.ref(storage, lambda _: self._release(key))
         self._sizes[key] = size
         if func is torch.ops.aten.empty.memory_format and FSDP in allocation.made.created_in:
@@ -211,12 +262,17 @@ class MemoryTracker(TorchDispatchMode):
         self._add(allocation, size)
 
     def _allocation(
-        self, shape: tuple[int, ...], dtype: torch.dtype, component: str | None
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        component: str | None,
+        layer: int | None,
     ) -> Allocation:
         made = self._moment
         if component is None and FSDP in made.created_in:
             component = "gradients" if made.phase == "backward" else "gathered parameters"
-        return Allocation(component or made.owner.component, self.place, made, shape, dtype)
+        component = component or made.owner.component
+        return Allocation(component, self.place, made, shape, dtype, layer=layer)
 
     def _release(self, key: int) -> None:
         allocation, _ = self._alive.pop(key)
@@ -239,30 +295,24 @@ class MemoryTracker(TorchDispatchMode):
             if storage is not None and (size := storage.nbytes()) != self._sizes[key]:
                 self._resize(key, size)
 
+    def forget_released(self) -> None:
+        """Forget the events of what is released. What is alive has one event."""
+        sizes: Counter[Allocation] = Counter()
+        made: dict[Allocation, Moment] = {}
+        for (allocation, change), moment in zip(self.events, self.moments, strict=True):
+            sizes[allocation] += change
+            made.setdefault(allocation, moment)
+        alive = [(allocation, size) for allocation, size in sizes.items() if size]
+        self.events[:] = alive
+        self.moments[:] = [made[allocation] for allocation, _ in alive]
+        self.layers[:] = [allocation.layer for allocation, _ in alive]
+
     def _add(self, allocation: Allocation, change: int) -> None:
         if change and self.recording:
             self.events.append((allocation, change))
             self.moments.append(self._moment)
-
-    def peak(self, *places: Place, first: int = 0) -> Peak:
-        """Return the peak of the bytes in `places` together, from event number `first` on."""
-        total = highest = 0
-        at = first
-        for index, (allocation, change) in enumerate(self.events):
-            if allocation.place in places:
-                total += change
-                if index >= first and total > highest:
-                    highest, at = total, index
-        alive: Counter[Allocation] = Counter()
-        for allocation, change in self.events[: at + 1]:
-            if allocation.place in places:
-                alive[allocation] += change
-        return Peak(
-            highest,
-            self.moments[at],
-            at,
-            {allocation: size for allocation, size in alive.items() if size},
-        )
+            in_layers = self._moment.phase in ("forward", "recomputation", "backward")
+            self.layers.append(self.layer if in_layers else None)
 
     # --- repetition -------------------------------------------------------------------------------
 
@@ -300,9 +350,10 @@ class MemoryTracker(TorchDispatchMode):
         *,
         place: Place | None = None,
         label: str = "",
+        layer: int | None = None,
     ) -> None:
-        """Set what the memory of existing tensors is for, where it is, and its name. Events that
-        were recorded before change too.
+        """Set what the memory of existing tensors is for, where it is, its name and its layer.
+        Events that were recorded before change too.
         """
         for tensor in tensors_in(tensors):
             for piece in plain_pieces(tensor):
@@ -310,6 +361,10 @@ class MemoryTracker(TorchDispatchMode):
                     found[0].component = component
                     found[0].place = place or found[0].place
                     found[0].label = label or found[0].label
+                    if layer is not None:  # of no layer where layers share it
+                        first = self._claimed.setdefault(found[0], layer)
+                        self._claimed[found[0]] = layer if first == layer else None
+                        found[0].layer = self._claimed[found[0]]
 
     def place_of(self, tensor: Tensor) -> Place:
         """Return where a tensor is."""

@@ -19,11 +19,12 @@ from titan_ulysses.distributed.hardware import GIB, GPU, gpu_named
 from titan_ulysses.distributed.sequence import chunk_length
 from titan_ulysses.launch.nodes import spans_nodes
 from titan_ulysses.model.families import head_sizes, layer_configs
-from titan_ulysses.observability.metrics import attention_flops, flops_per_token
+from titan_ulysses.observability.metrics import attention_flops
 from titan_ulysses.plan.cost import KINDS, Cost, Links, Time, clock, step_time
 from titan_ulysses.plan.cuda_memory import CudaWorkspace, Reserve, pinned, reserves
+from titan_ulysses.plan.layers import simulate_by_layers
 from titan_ulysses.plan.memory import Peak
-from titan_ulysses.plan.simulate import Simulation, simulate
+from titan_ulysses.plan.simulate import Simulation
 from titan_ulysses.plan.standin import Standin
 from titan_ulysses.setup.options import select_core
 from titan_ulysses.setup.parallelize import wrap
@@ -340,7 +341,7 @@ class Plan(Estimate):
         setup = self.setup
         training, degrees = setup.config.training, setup.degrees
         rows = training.local_batch_size * degrees.accumulation_steps
-        row = rows * training.seq_len * flops_per_token(self.simulation.model)
+        row = rows * training.seq_len * self.simulation.flops_per_token
         scores = attention_flops(setup.model_config, ((training.seq_len,),) * rows)
         flops = (row + scores) / degrees.sequence
         return flops / self.time.seconds / setup.gpu.peak
@@ -355,6 +356,10 @@ class Plan(Estimate):
         if not self.host_fits:
             return "host memory"
         return self.time.bottleneck if self.disk_fits else "disk"
+
+
+_MANY_LAYERS = 8
+"""From as many on, a plan says that it takes long because all are simulated."""
 
 
 def make_plan(setup: Setup, *, wrap: Callable[..., object] = wrap) -> Plan:
@@ -384,8 +389,11 @@ def make_plan(setup: Setup, *, wrap: Callable[..., object] = wrap) -> Plan:
             f"documents: one a sequence is planned. Each further one adds {more / 2**20:.3g} MiB "
             "while the backward of attention runs"
         )
-    simulation = simulate(setup.spec, cuda=setup.workspace, wrap=wrap)
+    simulation = simulate_by_layers(setup.spec, cuda=setup.workspace, wrap=wrap)
     memory, start = simulation.memory, simulation.start
+    layers = getattr(setup.model_config, "num_hidden_layers", 0)
+    if simulation.layers == layers >= _MANY_LAYERS:
+        notes.append(f"all {layers} layers are simulated, because fewer do not tell what all need")
     peak, host_peak = memory.peak("device", first=start), memory.peak("host", first=start)
     host: Counter[str] = Counter()
     for allocation, size in host_peak.alive.items():

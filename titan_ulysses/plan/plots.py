@@ -44,23 +44,24 @@ class Timeline(NamedTuple):
 
 def timeline_of(plan: Plan) -> Timeline:
     """Compute the GPU's memory over the planned time of a step, column by column."""
-    memory, start = plan.simulation.memory, plan.simulation.start
+    events, start = plan.simulation.memory.events, plan.simulation.start
     width = (plan.clock[-1][1] or 1.0) / _COLUMNS
-    # Memory that is alive when the step begins.
-    alive: Counter[str] = Counter()
-    for allocation, change in memory.events[:start]:
-        if allocation.place == "device":
-            alive[allocation.component] += change
-    columns = [alive.copy()]
-    for index, (allocation, change) in enumerate(memory.events[start:], start):
-        now = plan.seconds_at(index)
-        while len(columns) < min(now / width, _COLUMNS):
-            columns.append(alive.copy())
-        if allocation.place == "device":
-            alive[allocation.component] += change
-            if alive.total() > columns[-1].total():
-                columns[-1] = alive.copy()
-    columns += [alive.copy() for _ in range(_COLUMNS - len(columns))]
+    changes = np.array([change if one.place == "device" else 0 for one, change in events])
+    # Of the events of the step: when each happens, and in which column.
+    numbers, seconds = (np.array(values) for values in zip(*plan.clock, strict=True))
+    over = np.searchsorted(numbers, np.arange(start, len(events)), side="right")
+    now = np.where(over > 0, seconds[over - 1], 0.0)
+    column = np.clip(np.ceil(now / width), 1, _COLUMNS) - 1
+    # The number of events before the highest moment of each column.
+    totals, edges = changes.cumsum()[start - 1 :], np.arange(_COLUMNS)
+    first, end = (np.searchsorted(column, edges, side=side) for side in ("left", "right"))
+    highest = [a + int(totals[a : b + 1].argmax()) for a, b in zip(first, end, strict=True)]
+    columns: list[Counter[str]] = [Counter() for _ in edges]
+    names = np.array([one.component for one, _ in events])
+    for name in dict.fromkeys(one.component for one, _ in events):
+        sizes = np.where(names == name, changes, 0).cumsum()[start - 1 :][highest]
+        for counter, size in zip(columns, sizes.tolist(), strict=True):
+            counter[name] = size
     ends = [width * (index + 1) for index in range(_COLUMNS)]
     return Timeline(
         ends, columns, _begins(plan), (plan.seconds_at(plan.peak.event), plan.peak.bytes)

@@ -12,11 +12,15 @@ with its source.
 
 from __future__ import annotations
 
+import gc
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import partial
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -36,11 +40,12 @@ from titan_ulysses.memory.checkpointing import CheckpointedBlock
 from titan_ulysses.memory.offload import CudaStore, DiskStore, Offload, Store
 from titan_ulysses.memory.sequences import SequenceStore
 from titan_ulysses.model import hf
+from titan_ulysses.observability.metrics import flops_per_token
 from titan_ulysses.optim.optimizer import build_optimizer
 from titan_ulysses.plan.attribution import Attribution
-from titan_ulysses.plan.cost import OFF_DEVICE, TO_DEVICE, Cost, CostCounter, Tick
+from titan_ulysses.plan.cost import OFF_DEVICE, TO_DEVICE, Amount, Cost, CostCounter, Tick
 from titan_ulysses.plan.cuda_memory import CudaWorkspace, cpu_workspace
-from titan_ulysses.plan.memory import MemoryTracker, Place
+from titan_ulysses.plan.memory import History, MemoryTracker, Place
 from titan_ulysses.plan.names import group_name
 from titan_ulysses.plan.standin import Standin
 from titan_ulysses.plan.standin_linear import KERNELS
@@ -61,18 +66,28 @@ from titan_ulysses.ulysses.states import replaced_functions
 class Simulation:
     """What happens on rank 0 in an optimizer step that is not the first of the run."""
 
-    memory: MemoryTracker
+    memory: History
     start: int
-    """index of the step's first event in `memory.events`; the events before it are of the setup"""
+    """index of the step's first event in `memory.events`; before it are those of what is alive when
+    the step begins
+    """
     collectives: dict[str, tuple[int, int]]
     """(calls, bytes of their inputs) of a whole step, by kind"""
     cost: Cost
     """the cost of a whole step"""
     ticks: list[Tick]
-    """the amounts after each operation of the simulated part of the step"""
+    """the cost of each operation of the simulated part of the step"""
     batches: int
     """how many of the step's micro-batches were simulated; each further one repeats the second"""
+    flops_per_token: int
+    """of the model, as the trainer counts them, see `metrics.flops_per_token`"""
     model: PreTrainedModel = field(repr=False)
+    """the model that was simulated, which may have fewer layers than the run's, see `layers.py`"""
+
+    @property
+    def layers(self) -> int:
+        """How many layers were simulated."""
+        return getattr(self.model.config, "num_hidden_layers", 0)
 
 
 def simulate(
@@ -91,7 +106,7 @@ def simulate(
     """
     rank = _Rank(spec, cuda, wrap)
     tracker = rank.tracker
-    with _fake_ranks(spec.degrees) as mesh:
+    with no_garbage_collection(), _fake_ranks(spec.degrees) as mesh:
         model, _ = build_model(spec, mesh, wrap=rank.wrap)
         # No step has the second model where what it says of the data is computed before.
         stored = 0 if spec.config.loss.precompute_reference else None
@@ -105,6 +120,7 @@ def simulate(
                 rank.label_parameters(loss.frozen, of="the second model's ")
             tracker.attribution = Attribution(model, rank.blocks)
             rank.label_checkpoints(model)
+            rank.collect_between_layers()
             rank.hold_attention()
             optimizer = rank.build_optimizer(model)
             copy = rank.checkpoint_copy(optimizer)
@@ -124,7 +140,7 @@ class _Rank:
         self.tracker = MemoryTracker(cuda or cpu_workspace)
         self.tracker.parameters_on_host = self.on_gpu and self.config.memory.parameter_offload
         self.parameters: Place = "host" if self.tracker.parameters_on_host else "device"
-        scores: dict[int | None, float] = {}
+        scores: dict[int | None, Amount] = {}
         for one in (spec, spec.frozen):
             if one is not None and isinstance(one.core, Standin):
                 one.core.begin(self.tracker, scores)
@@ -184,12 +200,23 @@ class _Rank:
 
     # --- what tensors are for ---------------------------------------------------------------------
 
+    @property
+    def layers(self) -> dict[Tensor, int]:
+        """The layer of each parameter and buffer of a layer."""
+        return {
+            tensor: layer
+            for layer, block in enumerate(self.blocks)
+            for tensor in chain(block.parameters(), block.buffers())
+        }
+
     def label_parameters(self, model: nn.Module, *, of: str = "") -> None:
-        claim = self.tracker.claim
+        claim, layers = self.tracker.claim, self.layers
         for name, parameter in model.named_parameters():
-            label = f"{of}parameter {name}"
-            claim([parameter], "parameters", place=self.parameters, label=label)
-        claim(list(model.buffers()), "other", label=f"{of}buffers of the model")
+            label, layer = f"{of}parameter {name}", layers.get(parameter)
+            claim([parameter], "parameters", place=self.parameters, label=label, layer=layer)
+        for buffer in model.buffers():
+            label = f"{of}buffers of the model"
+            claim([buffer], "other", label=label, layer=layers.get(buffer))
 
     def label_checkpoints(self, model: nn.Module) -> None:
         """Tell the tracker which tensors are inputs of checkpointed segments, when a segment
@@ -206,6 +233,23 @@ class _Rank:
         for layer, block in enumerate(blocks):
             if block.checkpoint_position == 0:
                 block.register_forward_pre_hook(partial(note, layer))
+
+    def collect_between_layers(self) -> None:
+        """Collect garbage when another layer begins.
+
+        A run collects it several times a layer, at moments that depend on what the process did
+        before. A tensor in a cycle of references would be released there, and no step would be like
+        another.
+        """
+        latest: list[int] = []
+
+        def collect(layer: int, *_) -> None:
+            if latest != [layer]:
+                latest[:] = [layer]
+                gc.collect()
+
+        for layer, block in enumerate(self.blocks):
+            block.register_forward_pre_hook(partial(collect, layer))
 
     def hold_attention(self) -> None:
         """Let attention that is kept on the device take the memory of all chunks.
@@ -256,7 +300,7 @@ class _Rank:
         claim = self.tracker.claim
         self.tracker.attribution.watch(optimizer)
         names = {parameter: name for name, parameter in model.named_parameters()}
-        layers = {x: layer for layer, block in enumerate(self.blocks) for x in block.parameters()}
+        layers = self.layers
         moments = {"exp_avg": "first moment", "exp_avg_sq": "second moment"}
         moments |= {"momentum_buffer": "momentum"}
 
@@ -272,7 +316,8 @@ class _Rank:
             for parameter, values in optimizer.state.items():
                 for key, value in values.items():
                     label = f"optimizer state: {moments.get(key, key)} of {names[parameter]}"
-                    claim([value], "optimizer state", place=state, label=label)
+                    layer = layers.get(parameter)
+                    claim([value], "optimizer state", place=state, label=label, layer=layer)
 
         optimizer.register_step_pre_hook(note_gradients)
         optimizer.register_step_post_hook(note_state)
@@ -325,6 +370,7 @@ class _Rank:
         # With gradient accumulation, the difference between one and two micro-batches tells the
         # collectives of each further one.
         for run in (batches[:1], batches[:2]) if accumulation > 1 else (batches,):
+            tracker.forget_released()
             start = len(tracker.events)
             costs.reset()
             counter = CollectiveCounter(weight=lambda: tracker.weight)
@@ -344,8 +390,10 @@ class _Rank:
         collectives = counts[0]
         if accumulation > 1:
             collectives = _extrapolated(*counts, batches=accumulation)
-        cost = costs.cost * (accumulation / len(run))
-        return Simulation(tracker, start, collectives, cost, costs.ticks, len(run), model)
+        times = Fraction(accumulation, len(run))
+        cost = Cost(Counter({key: times * n for key, n in costs.cost.amounts.items()}))
+        flops = flops_per_token(model)
+        return Simulation(tracker, start, collectives, cost, costs.ticks, len(run), flops, model)
 
 
 class _CountedSequences(SequenceStore):
@@ -393,6 +441,22 @@ def _extrapolated(one: dict, two: dict, *, batches: int) -> dict[str, tuple[int,
         )
         for kind in two
     }
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Collect garbage only where `gc.collect` is called, and none that is there already: it would
+    take longer than the simulation to look at all modules' objects.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

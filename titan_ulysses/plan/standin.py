@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from functools import partial
 from itertools import chain, pairwise
 from typing import Any
@@ -12,9 +13,18 @@ from torch import Tensor
 
 from titan_ulysses.distributed.parts import visited
 from titan_ulysses.distributed.sequence import Documents
+from titan_ulysses.plan.cost import Amount
 from titan_ulysses.plan.memory import MemoryTracker
 from titan_ulysses.ulysses.flash_cuda import CUDA_BLOCK
-from titan_ulysses.ulysses.scores import PieceKernels, Scores, of_one_size, with_equal_sizes
+from titan_ulysses.ulysses.pieces import attend_documents
+from titan_ulysses.ulysses.scores import (
+    PieceKernels,
+    Scores,
+    of_documents,
+    of_one_size,
+    with_equal_sizes,
+)
+from titan_ulysses.ulysses.sparse import CHOSEN
 
 
 class Standin:
@@ -31,10 +41,10 @@ class Standin:
     def __init__(self, core: str) -> None:
         """core: the name of the core that the run takes."""
         self.core = core
-        self.scores: dict[int | None, float] = {}
+        self.scores: dict[int | None, Amount] = {}
         self.tracker: MemoryTracker | None = None
 
-    def begin(self, tracker: MemoryTracker, scores: dict[int | None, float]) -> None:
+    def begin(self, tracker: MemoryTracker, scores: dict[int | None, Amount]) -> None:
         """Begin a simulation, which tracker follows; the scores of each layer go to `scores`."""
         self.scores, self.tracker = scores, tracker
 
@@ -49,9 +59,13 @@ class Standin:
         window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        chosen: Tensor | None = None,
     ) -> Tensor:
+        if chosen is not None:  # gathers and matrix products, the same on every device
+            scores = of_documents(documents, scale, chosen=chosen)
+            return attend_documents(q, k, v, sinks, scores)
         pairs = sum(_pairs(length, window) for row in documents for length in row)
-        self._note(pairs / len(documents))
+        self._note(Fraction(pairs, len(documents)))
         grouped = q.shape[2] != k.shape[2]
 
         attend = partial(
@@ -66,6 +80,8 @@ class Standin:
         return PieceKernels(self._forward, self._backward)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+        if scores.chosen is not None:
+            return CHOSEN.forward(q, k, v, scores)
         self._note(_pairs_of_pieces(scores))
         size = v.shape[-1]
         output, lse = _FORWARD(*_heads_first(q, k, v), 0.0, False, scale=scores.scale)
@@ -85,16 +101,18 @@ class Standin:
         dv: Tensor,
     ) -> Tensor:
         """Do what `CUDA_FLASH` does: the queries' own keys, then blocks of earlier ones."""
+        if scores.chosen is not None:
+            return CHOSEN.backward(grad, q, k, v, output, lse, scores, dk=dk, dv=dv)
         pairs, size = _pairs_of_pieces(scores), q.shape[-1]
         own = len(k) if scores.ahead else len(q)
         starts = [*range(own, len(k), CUDA_BLOCK)]
-        earlier = 0.0
+        earlier = 0
         if starts:
             earlier = pairs - _pairs_of_pieces(scores.of(*[scores.query_lengths] * 2))
         dq = None
         # The blocks of earlier keys are alike, and a long sequence has thousands.
         for first, stop in chain([(0, own)], visited([*pairwise([*starts, len(k)])])):
-            self._note(pairs - earlier if dq is None else earlier / len(starts))
+            self._note(pairs - earlier if dq is None else Fraction(earlier, len(starts)))
             keys = slice(first, stop)
             inputs = _heads_first(grad, q, k[keys], v[keys], output)
             parts = _BACKWARD(*inputs, lse[None], 0.0, False, scale=scores.scale)
@@ -107,7 +125,7 @@ class Standin:
                 dq.add_(parts[0])
         return dq[..., :size].to(q.dtype)
 
-    def _note(self, pairs: float) -> None:
+    def _note(self, pairs: Amount) -> None:
         """Note the scores of a row that the layer's next calls compute."""
         self.scores[self.tracker.attribution.here().layer] = pairs
 
@@ -121,7 +139,7 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [x.transpose(0, 1)[None] for x in of_one_size(*tensors)]
 
 
-def _pairs_of_pieces(scores: Scores) -> float:
+def _pairs_of_pieces(scores: Scores) -> int:
     """Return the pairs with a score of the last queries of each document."""
     window, lengths = scores.window, zip(scores.query_lengths, scores.key_lengths, strict=True)
     if not scores.ahead:
@@ -130,7 +148,7 @@ def _pairs_of_pieces(scores: Scores) -> float:
     if window is not None:
         hidden = max(0, keys + scores.ahead - window)  # of the keys, from the last query
     rows = min(queries, hidden)
-    return queries * keys - rows * (2 * hidden - rows + 1) / 2
+    return queries * keys - rows * (2 * hidden - rows + 1) // 2
 
 
 class _Sinks(torch.autograd.Function):
@@ -146,8 +164,8 @@ class _Sinks(torch.autograd.Function):
         return grad, torch.zeros_like(ctx.saved_tensors[0])
 
 
-def _pairs(length: int, window: int | None) -> float:
+def _pairs(length: int, window: int | None) -> int:
     """Return the number of (query, key) pairs with a score in a document of `length` tokens."""
     if window is None or window >= length:
-        return length * (length + 1) / 2
-    return window * (window + 1) / 2 + (length - window) * window
+        return length * (length + 1) // 2
+    return window * (window + 1) // 2 + (length - window) * window

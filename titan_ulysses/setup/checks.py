@@ -43,6 +43,16 @@ def check_dropout(model: PreTrainedModel) -> None:
                 )
 
 
+def check_not_quantized(model: PreTrainedModel) -> None:
+    """Raise UserError if transformers has loaded the model in a quantized form."""
+    if getattr(model, "is_quantized", False):
+        raise UserError(
+            "model: it was loaded with quantized weights, which cannot be sharded in that form. "
+            "Load it with dequantize=True in its quantization_config, or let train.py read the "
+            "folder, rank by rank."
+        )
+
+
 def check_group(mesh: Mesh, *, parameter_offload: bool) -> None:
     """Raise UserError if parameters are to be on the host and the ranks' group is NCCL's alone.
 

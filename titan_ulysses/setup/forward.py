@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -21,10 +21,12 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length, computing
 from titan_ulysses.memory.losses import LossFunction
+from titan_ulysses.model.families import layer_types
 from titan_ulysses.model.rope import DocumentRoPE
 from titan_ulysses.model.router import RouterLoss
 from titan_ulysses.ulysses.attention import ATTENTION_NAME, Ulysses
 from titan_ulysses.ulysses.cores import Core
+from titan_ulysses.ulysses.indexer import INDEXED, Indexer
 
 
 def use_attention(model: PreTrainedModel) -> None:
@@ -54,6 +56,7 @@ class Sharding:
     """Rotary embeddings that need the lengths of documents."""
     stream_chunk_tokens: int = -1
     """The setting for which batches must be cut; -1: its blocks do not stream."""
+    indexers: list[Indexer] = field(default_factory=list)
     own_loss: Tensor | None = None
     """This rank's part of the last loss, which tells which rank a NaN came from."""
 
@@ -78,9 +81,33 @@ class Sharding:
         # Some RoPE frequencies depend on document lengths, or on how far positions go.
         for rope in self.ropes:
             rope.begin(documents, position_limits or documents, sp.get_local_rank(), chunk_tokens)
-        ulysses = Ulysses(sp, self.core, documents, inputs["position_ids"], chunk_tokens)
+        share = self._label_share(**inputs)
+        positions = inputs["position_ids"]
+        ulysses = Ulysses(sp, self.core, documents, positions, chunk_tokens, share)
         with computing(ulysses.chunks):
             return self._forward(model, ulysses=ulysses, **inputs)
+
+    def _label_share(
+        self, labels: Tensor | None = None, num_items_in_batch: Tensor | None = None, **_: Any
+    ) -> Tensor | None:
+        """Return what each token counts in the loss of trained indexers (see `Ulysses`)."""
+        if not any(indexer.training != "frozen" for indexer in self.indexers):
+            return None
+        if labels is None or num_items_in_batch is None:
+            return None  # nothing is trained without labels
+        return (labels != IGNORE_INDEX) / num_items_in_batch.double().clamp(min=1)
+
+    def take_indexer_losses(self) -> Tensor | None:
+        """Return the loss of each indexer since the last call, of this rank's tokens: [indexers]
+        fp64. None if none has been trained.
+        """
+        totals = [x.total for x in self.indexers if x.total is not None]
+        if not totals:
+            return None
+        losses = torch.cat(totals)
+        for total in totals:
+            total.zero_()
+        return losses
 
     def _chunk_tokens(self, seq_len: int, of_batch: int | None) -> int | None:
         """Return the chunks in which blocks stream a batch that was cut into chunks `of_batch`.
@@ -135,6 +162,10 @@ class Sharding:
         """
         sums = labels is not None and reduction == "sum"
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "ulysses": ulysses}
+        if INDEXED in (layer_types(model.config) or ()):
+            # In place of a mask [B, 1, S, S], which the decoder would build.
+            stand_in = position_ids.new_zeros((1, 1, 1, 1), dtype=torch.float32)
+            inputs["attention_mask"] = {INDEXED: stand_in}
         own_labels = labels if sums else None
         hidden, aux_loss, count = self._decode(inputs, attention_mask, own_labels)
         head = model.get_output_embeddings()

@@ -10,12 +10,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, mo
 
 from titan_ulysses.config.fields import CORES, Section
 from titan_ulysses.config.load import explained
+from titan_ulysses.config.rules import broken_rule
 from titan_ulysses.config.schema import ActivationCheckpoint, Compile, Config, Memory
 from titan_ulysses.distributed.errors import UserError, one_line
 from titan_ulysses.distributed.mesh import warn_of_older_form
 from titan_ulysses.memory.offload import Offload
 from titan_ulysses.model.families import attention_needs, largest_head
 from titan_ulysses.ulysses.cores import Core, CoreRequirements, choose_core
+from titan_ulysses.ulysses.indexer import Training
 from titan_ulysses.ulysses.pieces import pieces_of
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
@@ -46,6 +48,8 @@ class ParallelOptions(BaseModel):
     """Without optimizer_offload, which is about the optimizer of train.py."""
     compile: Compile = Compile()
     z_loss: float = 0.0
+    indexer: Training = "frozen"
+    """How the indexers of sparse attention are trained, as loss.indexer."""
     param_dtype: Annotated[torch.dtype | None, BeforeValidator(_dtype)] = None
     """Dtype in which the model computes; None: the model's dtype. Stored parameters keep theirs."""
     reduce_dtype: Annotated[torch.dtype | None, BeforeValidator(_dtype)] = None
@@ -60,6 +64,13 @@ class ParallelOptions(BaseModel):
     @classmethod
     def _of_older_form(cls, given: Any) -> Any:
         return _newer_form(given) if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _moves_checkpoints_that_it_makes(self) -> ParallelOptions:
+        table = self.activation_checkpoint
+        if problem := broken_rule(self, "activation_checkpoint", table, "offload"):
+            raise UserError(problem)
+        return self
 
     def changed(self, **keywords: Any) -> ParallelOptions:
         """Return these options with others; a table changes only the keys that it has.
@@ -133,6 +144,7 @@ def options_of(config: Config, core: Core) -> ParallelOptions:
         memory=config.memory,
         compile=config.compile,
         z_loss=training.z_loss,
+        indexer=config.loss.indexer,
         param_dtype=getattr(torch, training.param_dtype),
         reduce_dtype=getattr(torch, training.reduce_dtype),
     )

@@ -26,6 +26,7 @@ from titan_ulysses.memory.loss_head import LossHead
 from titan_ulysses.memory.offload import Store, open_store
 from titan_ulysses.memory.sequences import ON_DEVICE, Sequences, SequenceStore
 from titan_ulysses.memory.tiled import Tiled, tile_norm
+from titan_ulysses.model.expert_adapters import use_low_rank_products
 from titan_ulysses.model.families import (
     CHECKED_FAMILIES,
     check_family,
@@ -41,6 +42,7 @@ from titan_ulysses.setup.blocks import compile_blocks, find_blocks, norms_of, ti
 from titan_ulysses.setup.checks import (
     check_dropout,
     check_group,
+    check_not_quantized,
     check_same_weights,
     use_one_dtype,
 )
@@ -50,6 +52,7 @@ from titan_ulysses.setup.options import ParallelOptions, obstacle_to_streaming, 
 from titan_ulysses.streaming.block import stream_blocks
 from titan_ulysses.streaming.embeddings import offload_embeddings
 from titan_ulysses.ulysses.cores import Core
+from titan_ulysses.ulysses.indexer import use_indexers
 from titan_ulysses.ulysses.linear_attention import (
     check_layers,
     has_untested_layers,
@@ -118,6 +121,7 @@ def parallelize(
         )
     options = options.resolved(model.dtype)
     check_family(model.config)
+    check_not_quantized(model)
     check_dropout(model)
     check_group(mesh, parameter_offload=options.memory.parameter_offload)
     check_same_weights(model)
@@ -229,8 +233,15 @@ def wrap(
     # by checkpoints and FSDP their class, by a subclass.
     use_attention(model)  # a config of its own, which names Ulysses attention
     use_linear_attention(blocks)  # the forward of layers that carry a state
+    indexers = use_indexers(model, blocks, options.indexer)  # that of indexers; a hook on layers
+    if options.indexer != "frozen" and not indexers:
+        raise UserError(
+            f'loss.indexer = "{options.indexer}": "{model.config.model_type}" has no indexer that '
+            'chooses keys. Set it to "frozen".'
+        )
     ropes = use_document_lengths(model, blocks)  # that of rotary embeddings that read the length
     router_loss = router_loss_of(model, decoder)  # hooks on routers
+    use_low_rank_products(model)  # the forward of experts' adapters
     if _tiles_mlp(options):  # the forward of MLPs and norms
         tokens = memory.mlp_tile_tokens or automatic_mlp_tile(
             model.config, options.param_dtype, device_type
@@ -252,7 +263,9 @@ def wrap(
         checkpoint_blocks(blocks, every=every, store=store, extra_outputs=extra, device=mesh.device)
     shard_root(model, shard)
     chunk_tokens = _chunk_tokens(options, mesh.sp.size(), device_type) if streams else -1
-    model.sharding = Sharding(decoder, mesh, options.attention, router_loss, ropes, chunk_tokens)
+    model.sharding = Sharding(
+        decoder, mesh, options.attention, router_loss, ropes, chunk_tokens, indexers
+    )
     model.forward = partial(model.sharding.forward, model)
     guard(model)  # a hook, and a forward around that one
     for method, reason in _REFUSED.items():

@@ -24,38 +24,19 @@ rank, and K = P + Hkv - gcd(P, Hkv), the KV heads that all ranks have together:
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
-from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from titan_ulysses.streaming.keys import KeyBlocks, KeysAndValues, first_key
+from titan_ulysses.streaming.keys import KeyBlocks, KeysAndValues
 from titan_ulysses.ulysses.heads import HeadPlan
 from titan_ulysses.ulysses.pieces import sinks_gradient, with_sinks
-from titan_ulysses.ulysses.scores import PieceKernels, Scores
+from titan_ulysses.ulysses.scores import PieceKernels, Scores, visible_keys
+from titan_ulysses.ulysses.sparse import summed_weights, weights_of_all
 from titan_ulysses.ulysses.tiles import Merged
-
-
-@lru_cache(maxsize=1024)
-def visible_keys(
-    documents: tuple[int, ...], start: int, stop: int, window: int | None
-) -> tuple[slice, tuple[int, ...], tuple[int, ...]]:
-    """Return which keys the queries of tokens [start, stop) of a row see: the tokens of all of
-    them, and the lengths of the documents in queries and in keys.
-
-    Only the first of their documents can have begun before them. Of its earlier keys, those that
-    the window hides from all queries are left out.
-    """
-    starts = list(accumulate(documents, initial=0))
-    first, last = bisect_right(starts, start) - 1, bisect_left(starts, stop)
-    begin = first_key(documents, start, window)
-    lengths = tuple(b - a for a, b in pairwise([start, *starts[first + 1 : last], stop]))
-    return slice(begin, stop), lengths, (lengths[0] + start - begin, *lengths[1:])
 
 
 class KernelCall(NamedTuple):
@@ -94,7 +75,9 @@ class ChunkAttention(NamedTuple):
     plan: HeadPlan
     rank: int
     layer: dict[str, Any]
-    """Of the layer: documents, scale, window, softcap, sinks."""
+    """Of the layer: documents, scale, window, softcap, sinks; chosen [B, n, K] of the chunk."""
+    sums: list[Tensor]
+    """The log-sum-exps of the parts, once they are known."""
     outputs: Callable[[Callable[[], list[Tensor]]], list[Tensor]]
     """Returns what a function computes, or what was kept of it."""
 
@@ -107,7 +90,11 @@ class ChunkAttention(NamedTuple):
             start, stop = (self.chunk.start + tokens * x for x in (sources.start, sources.stop))
             for row, documents in enumerate(self.layer["documents"]):
                 seen, n, m = visible_keys(documents, start, stop, window)
-                scores = Scores(n, m, **options)
+                chosen = self.layer["chosen"]
+                if chosen is not None:
+                    at = slice(start - self.chunk.start, stop - self.chunk.start)
+                    chosen = chosen[row, at] - seen.start
+                scores = Scores(n, m, **options, chosen=chosen)
                 for queries, keys in self.plan.runs(self.rank, part):
                     sinks = slice(heads.start + queries.start, heads.start + queries.stop)
                     calls.append(KernelCall(part, row, queries, keys, sinks, seen, scores))
@@ -162,6 +149,43 @@ class ChunkAttention(NamedTuple):
             sums.append(lse)
         return outputs + sums
 
+    def summed_weights(self, queries: Sequence[Tensor]) -> Tensor:
+        """Return the attention [B, n, K] of the chunk's queries to the keys that they chose, summed
+        over the heads of this rank.
+        """
+        calls, chosen, sums = self.calls(), self.layer["chosen"], self.sums
+        found = torch.zeros_like(chosen, dtype=sums[0].dtype)
+        for _, (keys, _), overlaps in self.blocks(calls):
+            for i, overlap in overlaps:
+                call = calls[i]
+                q = queries[call.part][call.row, overlap.queries, call.queries]
+                k = keys[call.row, overlap.keys, call.keys]
+                lse = sums[call.part][call.row, call.queries, overlap.queries]
+                tokens = len(queries[call.part][call.row])
+                first = call.tokens.stop - tokens - self.chunk.start + overlap.queries.start
+                place = found[call.row, first : first + len(q)]
+                place += summed_weights(q, k, overlap.scores, lse)
+        return found
+
+    def weights_of_all(
+        self, queries: Sequence[Tensor], keys: Tensor, row: int, own: slice, part: slice
+    ) -> Tensor:
+        """Return the attention [P, n, m] of this rank's heads to part of a block of keys, for some
+        of each rank's tokens of the chunk, `own`.
+        """
+        tokens = (self.chunk.stop - self.chunk.start) // self.plan.degree
+        count = own.stop - own.start
+        found = self.sums[0].new_zeros(self.plan.degree, count, part.stop - part.start)
+        for i, (sources, _) in enumerate(self.plan.parts[self.rank]):
+            for owner in sources:
+                first = (owner - sources.start) * tokens + own.start
+                mine = slice(first, first + count)
+                for of_q, of_k in self.plan.runs(self.rank, i):
+                    pair = queries[i][row, mine, of_q], keys[row, part, of_k]
+                    lse = self.sums[i][row, of_q, mine]
+                    found[owner] += weights_of_all(*pair, lse, self.layer["scale"])
+        return found
+
     def backward(
         self,
         grads: Sequence[Tensor],
@@ -209,7 +233,7 @@ def overlap_of(call: KernelCall, block: slice, chunk: slice) -> Overlap | None:
     if block.stop > chunk.start:
         first = scores.key_lengths[0] - (begin - tokens.start)
         own = scores.of(scores.query_lengths, (first, *scores.key_lengths[1:]))
-        return Overlap(slice(0, count), keys, own)
+        return Overlap(slice(0, count), keys, own.among(begin - tokens.start))
     # Only the first document has keys before the chunk. Its queries are right of all of these.
     start, rows = tokens.stop - count, scores.query_lengths[0]
     if scores.window is not None:
@@ -217,7 +241,8 @@ def overlap_of(call: KernelCall, block: slice, chunk: slice) -> Overlap | None:
         if rows <= 0:
             return None
     ahead = start + rows - stop
-    return Overlap(slice(0, rows), keys, scores.of((rows,), (stop - begin,), ahead=ahead))
+    own = scores.of((rows,), (stop - begin,), ahead=ahead)
+    return Overlap(slice(0, rows), keys, own.among(begin - tokens.start, rows))
 
 
 class MergedResults:
@@ -268,6 +293,7 @@ class _Attention(torch.autograd.Function):
         ctx, call: ChunkAttention, sinks: Tensor | None, k: Tensor, v: Tensor, *queries: Tensor
     ) -> tuple[Tensor, ...]:
         results = call.outputs(lambda: call.forward(queries, v.shape[-1]))
+        call.sums[:] = results[len(queries) :]
         ctx.call = call
         ctx.save_for_backward(sinks, *queries, *results)
         return tuple(results[: len(queries)])

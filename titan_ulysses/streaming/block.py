@@ -70,16 +70,19 @@ class StreamedBlock:
         """
         self.draws_random_numbers = False  # whether the block does; set by the first forward
         self.dtype: torch.dtype | None = None  # dtype of the output; set by the first forward
-        # What it returns after its output, if it returns a tuple; set by the first forward.
-        self.extra_outputs: tuple[None, ...] | None = None
+        # If it returns a tuple: which of what follows its output are tensors, of int, and not None.
+        self.extra_outputs: tuple[bool, ...] | None = None  # set by the first forward
 
     def __call__(self, hidden: Tensor, *args, **kwargs) -> Any:
         if len(kwargs["ulysses"].chunks) == 1:
             return self.forward(hidden, *args, **kwargs)
         call = _StreamedCall(self, hidden, args, kwargs)
         parameters = self.sequences.inputs_for(call.parameters)
-        output = _StreamedFunction.apply(call, hidden, *call.differentiable(), *parameters)
-        return output if self.extra_outputs is None else (output, *self.extra_outputs)
+        output, *extra = _StreamedFunction.apply(call, hidden, *call.differentiable(), *parameters)
+        if self.extra_outputs is None:
+            return output
+        tensors = iter(extra)
+        return (output, *(next(tensors) if x else None for x in self.extra_outputs))
 
 
 class _StreamedCall:
@@ -100,6 +103,8 @@ class _StreamedCall:
         self.parameters = list(streamed.block.parameters())
         self.device = self.sequences.device_of(hidden)
         """that the block computes on"""
+        self.extra: list[Tensor] = []
+        """Tensors of int [B, t, ...] that the block returned beside its output, of the last run."""
         self.random: dict[int, Tensor] = {}
         """By chunk, the state of the random numbers before it; empty if none are drawn."""
         self.span: AttentionSpan | None = None  # what the block's attention reads; see `forward`
@@ -166,34 +171,45 @@ class _StreamedCall:
 
     def _block(self, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         output = self.streamed.forward(hidden, *args, **kwargs)
-        if isinstance(output, tuple) and all(other is None for other in output[1:]):
-            output, *others = output
-            self.streamed.extra_outputs = tuple(others)
+        if isinstance(output, tuple) and all(map(_is_extra, output[1:])):
+            output, *extra = output
+            self.streamed.extra_outputs = tuple(x is not None for x in extra)
+            self.extra = [x for x in extra if x is not None]
         if not isinstance(output, Tensor):
             raise UserError(
                 f"memory.stream_chunk_tokens: {type(self.streamed.block).__name__} returns more "
-                'than its hidden state. Set memory.stream_chunk_tokens = "off".'
+                'than its hidden state and indices. Set memory.stream_chunk_tokens = "off".'
             )
         return output
 
     # --- forward ----------------------------------------------------------------------------------
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return the block's output [B, T, h], without gradients."""
+    def forward(self, hidden: Tensor) -> list[Tensor]:
+        """Return the block's output [B, T, h], without gradients, and its tensors of indices,
+        [B, T, ...] each, where it has any.
+        """
         streamed = self.streamed
         if not output_is_needed() and streamed.dtype is not None:
-            # An expanded scalar, which takes no memory. Its values are never read.
-            return hidden.new_zeros((), dtype=streamed.dtype).expand(hidden.shape)
+            # Expanded scalars, which take no memory. Their values are never read.
+            extra = [hidden.new_zeros((), dtype=torch.int32).expand(hidden.shape)]
+            output = hidden.new_zeros((), dtype=streamed.dtype).expand(hidden.shape)
+            return [output, *extra * sum(streamed.extra_outputs or ())]
         sweep = Sweep(self.chunks, self.ulysses.documents, self.sequences, self.outputs)
-        before, output = rng_state(self.device), None
+        before, outputs = rng_state(self.device), list[Tensor]()
         for chunk, then in visited_with_next(self.chunks, "growing"):
             self.random[chunk.index] = rng_state(self.device)
             y, _ = self.run(ChunkForward(sweep, chunk), hidden, then)
-            if output is None:
-                output = self.sequences.empty(hidden, dtype=y.dtype)
-            self.sequences.write(output, chunk.local, y)
+            values = [y, *self.extra]
+            if not outputs:
+                shapes = [(*hidden.shape[:2], *x.shape[2:]) for x in values]
+                outputs = [
+                    self.sequences.empty(hidden, shape, x.dtype)
+                    for shape, x in zip(shapes, values, strict=True)
+                ]
+            for whole, x in zip(outputs, values, strict=True):
+                self.sequences.write(whole, chunk.local, x)
         self.span = sweep.common_span()
-        streamed.dtype = output.dtype
+        streamed.dtype = outputs[0].dtype
         if self.states is not None:
             for layer, tensors in sweep.states.items():
                 self.states.put(layer, tensors)
@@ -201,7 +217,7 @@ class _StreamedCall:
         streamed.draws_random_numbers |= before.numpy().tobytes() != after.numpy().tobytes()
         if not streamed.draws_random_numbers:
             self.random = {}
-        return output
+        return outputs
 
     # --- backward ---------------------------------------------------------------------------------
 
@@ -283,19 +299,26 @@ class _StreamedCall:
         return total
 
 
+def _is_extra(x: Any) -> bool:
+    """Return whether a block may return x beside its output: nothing, or indices of keys."""
+    return x is None or isinstance(x, Tensor) and not x.is_floating_point()
+
+
 class _StreamedFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: _StreamedCall, hidden: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx, call: _StreamedCall, hidden: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.call = call
         ctx.save_for_backward(hidden)
         ctx.autocast = autocast_state(call.device.type)
         # What is computed again runs in the context of this forward (see model/router.py).
         ctx.variables = copy_context()
-        return call.forward(hidden)
+        output, *extra = call.forward(hidden)
+        ctx.mark_non_differentiable(*extra)
+        return output, *extra
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream: Tensor):
+    def backward(ctx, upstream: Tensor, *_: Tensor):
         (hidden,) = ctx.saved_tensors
         with ctx.autocast:
             return None, *ctx.variables.run(

@@ -6,7 +6,7 @@ the chunk. Which of the three kinds a run is decides what they get and what is r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +31,14 @@ from titan_ulysses.ulysses.exchange import (
     sequence_to_heads,
 )
 from titan_ulysses.ulysses.heads import HeadPlan, deal_heads
+from titan_ulysses.ulysses.indexer import gather_sequence, scores_to_train
+from titan_ulysses.ulysses.indexer_loss import (
+    IndexerScores,
+    differentiate,
+    differentiate_all,
+    sum_for_owners,
+    with_indexer_loss,
+)
 from titan_ulysses.ulysses.pieces import pieces_of
 from titan_ulysses.ulysses.states import State
 
@@ -166,13 +174,59 @@ class ChunkForward(Extent):
         if mesh.size() > 1:
             q, k, v = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
         queries, k, v = self.to_heads(q, k, v, plan, keys)
+        if layer["chosen"] is not None:
+            layer["chosen"] = gather_sequence(layer["chosen"], mesh)
         kept = partial(self.kept_outputs, module)
         rank = mesh.get_local_rank()
-        call = ChunkAttention(pieces, keys, self.tokens, plan, rank, layer, kept)
-        outputs = attend(call, k, v, queries)
-        if mesh.size() == 1:
-            return outputs[0]
-        return heads_to_sequence(outputs, plan, mesh).to_local()
+        call = ChunkAttention(pieces, keys, self.tokens, plan, rank, layer, [], kept)
+        outputs, scores = attend(call, k, v, queries), scores_to_train(module)
+        output = outputs[0]
+        if mesh.size() > 1:
+            output = heads_to_sequence(outputs, plan, mesh).to_local()
+        if scores is None or ulysses.label_share is None:
+            return output
+        of_queries = [x.detach() for x in queries]
+        of_indexer = self.sweep.keys[module.indexer]
+        gradients = partial(self._indexer_gradients, ulysses, of_indexer, call, of_queries)
+        return with_indexer_loss(output, scores, gradients)
+
+    def _indexer_gradients(
+        self,
+        ulysses: Ulysses,
+        kept: KeysAndValues,
+        call: ChunkAttention,
+        queries: Sequence[Tensor],
+        scores: IndexerScores,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of what an indexer has made for the chunk, and add those of earlier
+        keys to what is known.
+        """
+        seen = slice(kept.span.of(self.tokens).start, self.tokens.stop)
+
+        def blocks(with_gradients: bool) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+            for block, (keys,) in kept.read(seen):
+                sums = kept.gradients_of(block) if with_gradients else None
+                yield block, keys[:, :, 0], None if sums is None else sums[0][:, :, 0]
+                if sums is not None:
+                    kept.put_gradients(block, sums)
+
+        def dense_blocks(with_gradients: bool) -> Iterator[tuple]:
+            pairs = zip(blocks(with_gradients), call.keys.read(seen), strict=True)
+            for of_indexer, (_, (keys, _)) in pairs:
+                yield *of_indexer, partial(call.weights_of_all, queries, keys)
+
+        mesh, tokens = ulysses.mesh, scores.keys.shape[1]
+        share = ulysses.label_share[:, self.chunk.local]
+        if scores.chosen is not None:
+            target = sum_for_owners(call.summed_weights(queries), mesh)
+            dq, dw = differentiate(scores, target, share, blocks)
+        else:
+            start, heads = self.start + mesh.get_local_rank() * tokens, call.plan.query_heads
+            dq, dw = differentiate_all(
+                scores, ulysses.places, start, heads, share, dense_blocks, mesh
+            )
+        (dk,) = kept.complete_gradients(self.tokens)
+        return dq, dw, sum_for_owners(dk[:, :, 0], ulysses.mesh)
 
     def to_heads(
         self, q: Tensor, k: Tensor, v: Tensor, plan: HeadPlan, keys: KeysAndValues
@@ -183,6 +237,17 @@ class ChunkForward(Extent):
         queries, k, v = sequence_to_heads(q, k, v, plan) if plan.degree > 1 else ((q,), k, v)
         keys.put(self.tokens, k, v)
         return queries, k, v
+
+    def index_keys(
+        self, indexer: nn.Module, keys: Tensor, documents: Documents
+    ) -> Iterable[tuple[slice, Tensor]] | None:
+        kept = self.sweep.keys_of(indexer, documents, None)
+        kept.hold(kept.span.of(self.held))
+        kept.put(self.tokens, keys[:, :, None])
+        if self.keys_only:
+            return None
+        blocks = kept.read(slice(kept.span.of(self.tokens).start, self.tokens.stop))
+        return ((tokens, x[:, :, 0]) for tokens, (x,) in blocks)
 
     def kept_outputs(self, module: nn.Module, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Return what attention computes for the chunk, or what was kept of that."""

@@ -13,11 +13,9 @@ numbers of each KV head, and the queries of a chunk compute 4 n D FLOPs each wit
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -25,18 +23,10 @@ from torch import Tensor
 from titan_ulysses.distributed.parts import visited_with_next
 from titan_ulysses.distributed.sequence import Documents, chunks_of
 from titan_ulysses.memory.sequences import Sequences
+from titan_ulysses.ulysses.scores import first_key
 
 BLOCK_TOKENS = 2**16
 """Tokens of a block, in whole chunks: fewer results to merge, and longer copies."""
-
-
-def first_key(documents: tuple[int, ...], token: int, window: int | None) -> int:
-    """Return the first token of a row that this token or later ones read: the first one of its
-    document that is in its window, which counts the token itself.
-    """
-    starts = list(accumulate(documents, initial=0))
-    start = starts[bisect_right(starts, token) - 1]
-    return start if window is None else max(start, token - window + 1)
 
 
 @dataclass(frozen=True)
@@ -102,10 +92,9 @@ class KeysAndValues:
         for whole, x in zip(self.of(tokens), tensors, strict=True):
             whole.copy_(x.detach())
 
-    def of(self, tokens: slice) -> tuple[Tensor, Tensor]:
+    def of(self, tokens: slice) -> Sequence[Tensor]:
         """Return k and v [B, n, Hkv, D] of the tokens of a chunk."""
-        k, v = self._places(self._tensors, tokens)
-        return k, v
+        return self._places(self._tensors, tokens)
 
     def read(self, tokens: slice) -> Iterator[tuple[slice, Sequence[Tensor]]]:
         """Yield blocks of tokens that are held, each with its k and v on the device. The last one
@@ -186,9 +175,8 @@ class KeyBlocks(KeysAndValues):
         for place, x in zip(self._places(self._tensors, tokens), tensors, strict=True):
             self._sequences.put(place, x.detach())
 
-    def of(self, tokens: slice) -> tuple[Tensor, Tensor]:
-        k, v = self._fetch(self._tensors, tokens, None)
-        return k, v
+    def of(self, tokens: slice) -> Sequence[Tensor]:
+        return self._fetch(self._tensors, tokens, None)
 
     def read(self, tokens: slice) -> Iterator[tuple[slice, Sequence[Tensor]]]:
         size, step = self.span.size, self._step
@@ -220,6 +208,6 @@ class KeyBlocks(KeysAndValues):
         return [x[:, start : start + tokens.stop - tokens.start] for x in tensors]
 
     def _fetch(self, tensors: Sequence[Tensor], block: slice, then: slice | None) -> list[Tensor]:
-        ahead = [None, None] if then is None else self._places(tensors, then)
+        ahead = [None] * len(tensors) if then is None else self._places(tensors, then)
         pairs = zip(self._places(tensors, block), ahead, strict=True)
         return [self._sequences.fetch(*pair) for pair in pairs]

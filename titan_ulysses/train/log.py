@@ -109,6 +109,10 @@ class StepLog:
         balance = self._imbalance.take()
         router_loss = metrics.router_loss
         values["router_loss"] = None if router_loss is None else router_loss.item()
+        if (of_layers := metrics.indexer_losses) is not None:
+            values["indexer_loss"] = of_layers.sum().item()
+            by_layer = {str(i): loss for i, loss in enumerate(of_layers.tolist())}
+            values["indexer_loss_by_layer"] = by_layer
         if metrics.metrics:
             values["rewards"] = {name: value.item() for name, value in metrics.metrics.items()}
         if metrics.row_losses and state.loader.sequences.source_names:

@@ -82,6 +82,8 @@ class StepMetrics(NamedTuple):
     """of all ranks, before clipping"""
     router_loss: Tensor | None
     """The mean over the batches, without its coefficient; None for a model without router loss."""
+    indexer_losses: Tensor | None
+    """[indexers] fp64: the divergence of each trained indexer, a mean over the labels"""
     own_losses: Tensor
     """[batches] fp64: this rank's part of each micro-batch's loss"""
     own_norms: Tensor
@@ -138,6 +140,7 @@ def train_step(
         total,
         norms.total,
         router_loss if has_router_loss else None,
+        _indexer_losses(model, mesh),
         torch.stack(own_losses),
         torch.cat(norms.own),
         norms.owners,
@@ -149,6 +152,15 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     return step
+
+
+def _indexer_losses(model: nn.Module, mesh: Mesh) -> Tensor | None:
+    """Return the loss of each indexer over all ranks; None if none has been trained. Collective."""
+    sharding = getattr(model, "sharding", None)
+    losses = None if sharding is None else sharding.take_indexer_losses()
+    if losses is not None:
+        dist.all_reduce(losses, group=mesh.loss.get_group())
+    return losses
 
 
 def _upcast_grads_to_fp32(model: nn.Module) -> None:

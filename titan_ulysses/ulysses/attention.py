@@ -9,9 +9,9 @@ share a process without affecting each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
 
@@ -26,6 +26,17 @@ from titan_ulysses.distributed.sequence import Chunk, Documents, chunks_of, loca
 from titan_ulysses.ulysses.cores import Core, takes_any_size
 from titan_ulysses.ulysses.exchange import SEQUENCE, heads_to_sequence, sequence_to_heads
 from titan_ulysses.ulysses.heads import HeadPlan, plan_heads
+from titan_ulysses.ulysses.indexer import gather_sequence, scores_to_train
+from titan_ulysses.ulysses.indexer_loss import (
+    IndexerScores,
+    differentiate,
+    differentiate_all,
+    sum_for_owners,
+    with_indexer_loss,
+)
+from titan_ulysses.ulysses.pieces import KERNELS
+from titan_ulysses.ulysses.scores import of_documents
+from titan_ulysses.ulysses.sparse import summed_weights, weights_of_all
 
 ATTENTION_NAME = "ulysses"
 
@@ -61,17 +72,34 @@ class Extent:
         layer: dict[str, Any],
     ) -> Tensor:
         """Compute attention: q [B, T, Hq, D], k [B, T, Hkv, D], v [B, T, Hkv, Dv] of this rank's
-        tokens -> [B, T, Hq, Dv]. layer: documents, scale, window, softcap and sinks.
+        tokens -> [B, T, Hq, Dv]. layer: documents, scale, window, softcap, sinks and chosen.
         """
         mesh, core = ulysses.mesh, ulysses.core
         plan = plan_heads(q.shape[2], k.shape[2], mesh.size())
-        if mesh.size() == 1:
-            return _local_heads(core, q, k, v, layer, plan, 0)
-        # From all heads of this rank's tokens to this rank's heads of all tokens, and back.
-        q, k, v = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
-        (q,), k, v = sequence_to_heads(q, k, v, plan)
+        if layer["chosen"] is not None:
+            layer["chosen"] = gather_sequence(layer["chosen"], mesh)
+        scores = scores_to_train(module)
+        if mesh.size() > 1:
+            # From all heads of this rank's tokens to this rank's heads of all tokens, and back.
+            q, k, v = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
+            (q,), k, v = sequence_to_heads(q, k, v, plan)
         output = _local_heads(core, q, k, v, layer, plan, mesh.get_local_rank())
-        return heads_to_sequence((output,), plan, mesh).to_local()
+        heads = q.detach(), k.detach(), v.detach()
+        if mesh.size() > 1:
+            output = heads_to_sequence((output,), plan, mesh).to_local()
+        if scores is None or ulysses.label_share is None:
+            return output
+        return with_indexer_loss(
+            output, scores, partial(_indexer_gradients, ulysses, heads, layer, plan)
+        )
+
+    def index_keys(
+        self, indexer: nn.Module, keys: Tensor, documents: Documents
+    ) -> Iterable[tuple[slice, Tensor]] | None:
+        """Return all keys [B, n, D] that these tokens choose from, by blocks of tokens, given their
+        own; None: nothing is to be chosen.
+        """
+        return [(slice(0, keys.shape[1]), keys)]
 
     def state_before(
         self, layer: nn.Module, anchors: Sequence[Tensor | None]
@@ -101,6 +129,10 @@ class Ulysses:
     """[B, T]: position ids of this rank's tokens. A document need not start at position 0."""
     chunk_tokens: int | None = None
     """Tokens of a chunk of the whole sequence, of which this rank has a slice; None: all of it."""
+    label_share: Tensor | None = None
+    """[B, T]: what each of this rank's tokens counts in a mean over the labels of the step, 0
+    without a label; given if indexers are trained.
+    """
     # By a lambda, because torch.compile can trace neither an object nor a class as a default.
     extent: Extent = field(default_factory=lambda: Extent())
     """What is computed at a time."""
@@ -142,9 +174,12 @@ def ulysses_attention(
     query is [B, Hq, T, D], key [B, Hkv, T, D] and value [B, Hkv, T, Dv]; Dv differs from D only in
     latent attention. Attention is causal inside each document of `ulysses.documents`. An
     attention_mask is refused, because the documents already define everything that is masked. The
-    layer's window, soft-cap and sinks arrive under transformers' own keyword names. UserError for
+    layer's window, soft-cap, sinks and chosen keys arrive under transformers' own keyword names
+    (`indices` of an indexer.py's Indexer). UserError for
     a call that no core can serve.
     """
+    if kwargs.get("indices") is not None:
+        attention_mask = None  # the stand-in that `Sharding` gives to a decoder with indexers
     ulysses = checked(ulysses, module, attention_mask, **kwargs)
     layer: dict[str, Any] = {
         "documents": _chunked(ulysses.documents, module),
@@ -152,7 +187,10 @@ def ulysses_attention(
         "window": kwargs.get("sliding_window"),
         "softcap": kwargs.get("softcap"),
         "sinks": kwargs.get("s_aux"),
+        "chosen": kwargs.get("indices"),
     }
+    if layer["chosen"] is not None and not layer["chosen"].shape[-1]:
+        layer["chosen"] = None  # all keys
     if layer["window"] is not None and layer["window"] >= max(map(max, ulysses.documents)):
         layer["window"] = None  # it masks nothing, and cores are faster without a window
     if getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
@@ -230,6 +268,66 @@ def _local_heads(
     queries, keys = zip(*calls, strict=True)
     inputs = _parts(q, queries), _parts(k, keys), _parts(v, keys), queries
     return torch.cat([call(*of_call) for of_call in zip(*inputs, strict=True)], dim=2)
+
+
+def _summed_weights(
+    q: Tensor, k: Tensor, layer: dict[str, Any], plan: HeadPlan, mesh: DeviceMesh
+) -> Tensor:
+    """Return the attention [B, T, K] of this rank's tokens to the keys that they chose, summed over
+    the heads of all ranks.
+    """
+    rows, tokens = q.shape[:2]
+    scores = of_documents(layer["documents"], layer["scale"], chosen=layer["chosen"])
+    sums = torch.zeros_like(layer["chosen"], dtype=torch.promote_types(q.dtype, torch.float32))
+    for queries, keys in plan.runs(mesh.get_local_rank()):
+        of_run = q[:, :, queries].flatten(0, 1), k[:, :, keys].flatten(0, 1)
+        sums += summed_weights(*of_run, scores).unflatten(0, (rows, tokens))
+    return sum_for_owners(sums, mesh)
+
+
+def _indexer_gradients(
+    ulysses: Ulysses,
+    heads: tuple[Tensor, Tensor, Tensor],
+    layer: dict[str, Any],
+    plan: HeadPlan,
+    scores: IndexerScores,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of what an indexer has made for the whole sequence.
+
+    heads: q, k and v of this rank.
+    """
+    mesh, share, (q, k, _) = ulysses.mesh, ulysses.label_share, heads
+    assert share is not None
+    keys = gather_sequence(scores.keys.detach(), mesh)
+    sums, every = torch.zeros_like(keys, dtype=scores.queries.dtype), slice(0, keys.shape[1])
+    if scores.chosen is not None:
+        target = _summed_weights(q, k, layer, plan, mesh)
+        dq, dw = differentiate(scores, target, share, lambda _: [(every, keys, sums)])
+        return dq, dw, sum_for_owners(sums, mesh)
+    rank, degree = mesh.get_local_rank(), mesh.size()
+    tokens, runs = q.shape[1] // degree, plan.runs(rank)
+    options = of_documents(layer["documents"], layer["scale"])
+    flat = [x.flatten(0, 1) for x in heads]
+    lse = q.new_empty(q.shape[2], len(flat[0]), dtype=torch.promote_types(q.dtype, torch.float32))
+    for of_q, of_k in runs:
+        run = flat[0][:, of_q], flat[1][:, of_k], flat[2][:, of_k]
+        lse[of_q] = KERNELS.forward(*run, options)[1]
+
+    def attention(row: int, own: slice, part: slice) -> Tensor:
+        found = lse.new_zeros(degree, own.stop - own.start, part.stop - part.start)
+        for owner in range(degree):
+            mine = slice(owner * tokens + own.start, owner * tokens + own.stop)
+            of_row = slice(row * q.shape[1] + mine.start, row * q.shape[1] + mine.stop)
+            for of_q, of_k in runs:
+                pair = q[row, mine, of_q], k[row, part, of_k]
+                found[owner] += weights_of_all(*pair, lse[of_q, of_row], layer["scale"])
+        return found
+
+    blocks = [(every, keys, sums, attention)]
+    dq, dw = differentiate_all(
+        *(scores, ulysses.places, rank * tokens, plan.query_heads, share, lambda _: blocks, mesh)
+    )
+    return dq, dw, sum_for_owners(sums, mesh)
 
 
 _MOST_ELEMENTS = 2**31 - 1

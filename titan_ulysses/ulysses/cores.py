@@ -9,9 +9,10 @@ in latent attention. `documents` holds the document lengths of each row, on the 
 causal inside a document and zero between documents by construction: a core calls its kernel once
 per document, or passes the document borders to a kernel that handles them. No S x S mask is built.
 
-Three more keywords are passed only if a layer needs them: `window` (the number of keys that a query
-sees, including its own), `softcap` (scores become softcap * tanh(score / softcap)) and `sinks` [Hq]
-(one extra score per head that takes part in the softmax and has the value 0).
+Four more keywords are passed only if a layer needs them: `window` (the number of keys that a query
+sees, including its own), `softcap` (scores become softcap * tanh(score / softcap)), `sinks` [Hq]
+(one extra score per head that takes part in the softmax and has the value 0) and `chosen` [B, S, K]
+(the only keys that each query sees, as indices in its row, -1 for none; see indexer.py).
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def sdpa(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    chosen: Tensor | None = None,
 ) -> Tensor:
     """Attend with `F.scaled_dot_product_attention`, one call per document.
 
@@ -64,9 +66,10 @@ def sdpa(
     core does everything on every device. Where only explicit scores serve, as for soft-caps, it is
     slow.
     """
-    if window is None and softcap is None and sinks is None:
+    if window is None and softcap is None and sinks is None and chosen is None:
         return _each_document(partial(_sdpa, scale=scale), q, k, v, documents)
-    return attend_documents(q, k, v, sinks, of_documents(documents, scale, window, softcap))
+    scores = of_documents(documents, scale, window, softcap, chosen)
+    return attend_documents(q, k, v, sinks, scores)
 
 
 def varlen(
@@ -78,6 +81,7 @@ def varlen(
     scale: float,
     window: int | None = None,
     sinks: Tensor | None = None,
+    chosen: Tensor | None = None,
 ) -> Tensor:
     """Attend with the flash kernel that ships with torch: all documents of all rows in one call.
 
@@ -85,7 +89,8 @@ def varlen(
     3 or 4 where one of these is active (see kernels.py). Sinks are applied to the kernel's output,
     with its log-sum-exp. On a CPU its flash kernel computes the same, in fp64 too.
     """
-    return attend_documents(q, k, v, sinks, of_documents(documents, scale, window))
+    scores = of_documents(documents, scale, window, chosen=chosen)
+    return attend_documents(q, k, v, sinks, scores)
 
 
 def flash(

@@ -58,7 +58,7 @@ def sequence_to_heads(
     v: DTensor,
     plan: HeadPlan,
     *,
-    known: tuple[Tensor, Tensor] | None = None,
+    known: Sequence[Tensor] | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """Send the queries, keys and values of all tokens to the ranks of their heads, in one
     all-to-all.

@@ -84,6 +84,11 @@ class HeadPlan:
         return len(self.parts)
 
     @property
+    def query_heads(self) -> int:
+        """Hq"""
+        return max(part.heads.stop for parts in self.parts for part in parts)
+
+    @property
     def query(self) -> tuple[range, ...]:
         """`query[p]`: the query heads of which rank p computes all queries or some."""
         return tuple(

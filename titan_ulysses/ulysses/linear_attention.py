@@ -35,6 +35,7 @@ from torch import nn
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.ulysses.gated_deltanet import GatedDeltaNet
+from titan_ulysses.ulysses.indexer import INDEXED
 from titan_ulysses.ulysses.linear_kernels import check_kernels, describe_kernels
 from titan_ulysses.ulysses.mamba2 import Mamba2
 from titan_ulysses.ulysses.short_conv import ShortConv
@@ -44,6 +45,7 @@ KINDS = "Gated DeltaNet, Mamba-2 and short convolutions"
 WITH_STATE = {"linear_attention", "conv", "hybrid"}
 """Types of layers, as configs name them, that have a layer with a state."""
 WITHOUT_STATE = {"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"}
+WITHOUT_STATE |= {INDEXED}
 """The other types that are known."""
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from titan_ulysses.ulysses.flash_cuda import CUDA_FLASH, flash_gradients
 from titan_ulysses.ulysses.scores import PieceKernels, Scores
+from titan_ulysses.ulysses.sparse import CHOSEN
 from titan_ulysses.ulysses.tiles import BLOCK, CPU_FLASH, EXPLICIT
 
 
@@ -64,24 +65,26 @@ def sinks_gradient(grad: Tensor, output: Tensor, lse: Tensor, sinks: Tensor) -> 
 # --- the pieces of this project's cores -----------------------------------------------------------
 
 
-def _best(q: Tensor, softcap: float | None) -> PieceKernels:
+def _best(q: Tensor, scores: Scores) -> PieceKernels:
     """Return the fastest pieces for queries like q."""
-    if softcap is None and q.device.type == "cpu":
+    if scores.chosen is not None:
+        return CHOSEN
+    if scores.softcap is None and q.device.type == "cpu":
         return CPU_FLASH
-    if softcap is None and q.device.type == "cuda" and q.dtype.itemsize == 2:
+    if scores.softcap is None and q.device.type == "cuda" and q.dtype.itemsize == 2:
         return CUDA_FLASH
     return EXPLICIT
 
 
 @torch.no_grad()
 def _best_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-    return _best(q, scores.softcap).forward(q, k, v, scores)
+    return _best(q, scores).forward(q, k, v, scores)
 
 
 @torch.no_grad()
 def _best_backward(grad: Tensor, q: Tensor, *rest: Any, **sums: Tensor) -> Tensor:
     scores: Scores = rest[-1]
-    return _best(q, scores.softcap).backward(grad, q, *rest, **sums)
+    return _best(q, scores).backward(grad, q, *rest, **sums)
 
 
 KERNELS = PieceKernels(_best_forward, _best_backward)
@@ -110,7 +113,7 @@ class _WholeAttention(torch.autograd.Function):
         q, k, v, output, lse, sinks = ctx.saved_tensors
         gradient = None if sinks is None else sinks_gradient(grad, output, lse, sinks)
         saved = grad, q, k, v, output, lse, ctx.scores
-        if _best(q, ctx.scores.softcap) is CUDA_FLASH:
+        if _best(q, ctx.scores) is CUDA_FLASH:
             gradients = flash_gradients(*saved)
         else:
             dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))

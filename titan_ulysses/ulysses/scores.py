@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate, chain, pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,6 +38,10 @@ class Scores:
     """how many keys further right the queries stand. If it is not 0, there is one document, with
     fewer keys than queries or more; each query is right of all keys and sees at least one of them.
     """
+    chosen: Tensor | None = None
+    """[N, K]: the only keys that each query sees, as indices among the M keys. One that is not in
+    [0, M) is none. None: a query sees all of its document before it.
+    """
 
     def documents(self) -> Iterator[tuple[slice, slice]]:
         """Yield the queries and the keys of each document that has queries."""
@@ -48,13 +55,30 @@ class Scores:
         """Return the same of other documents."""
         return replace(self, query_lengths=query_lengths, key_lengths=key_lengths, ahead=ahead)
 
+    def among(self, first_key: int, queries: int | None = None) -> Scores:
+        """Return the same where the keys begin at the one that has been `first_key`, and of the
+        chosen keys, those of the first queries.
+        """
+        chosen = self.chosen
+        return self if chosen is None else replace(self, chosen=chosen[:queries] - first_key)
+
 
 def of_documents(
-    documents: Documents, scale: float, window: int | None = None, softcap: float | None = None
+    documents: Documents,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    chosen: Tensor | None = None,
 ) -> Scores:
-    """Return the scores of the documents of all rows, one after the other."""
+    """Return the scores of the documents of all rows, one after the other.
+
+    chosen: [B, S, K], the keys that each query sees as indices in its row; None: all.
+    """
     lengths = tuple(chain(*documents))
-    return Scores(lengths, lengths, scale, window, softcap)
+    if chosen is not None:
+        rows = torch.arange(len(chosen), device=chosen.device)[:, None, None] * chosen.shape[1]
+        chosen = torch.where(chosen < 0, -1, chosen + rows).flatten(0, 1)
+    return Scores(lengths, lengths, scale, window, softcap, chosen=chosen)
 
 
 @dataclass(frozen=True)
@@ -97,3 +121,29 @@ def with_equal_sizes(
     a CPU hold all S x S scores.
     """
     return attend(*of_one_size(q, k, v))[..., : v.shape[-1]]
+
+
+def first_key(documents: tuple[int, ...], token: int, window: int | None) -> int:
+    """Return the first token of a row that this token or later ones read: the first one of its
+    document that is in its window, which counts the token itself.
+    """
+    starts = list(accumulate(documents, initial=0))
+    start = starts[bisect_right(starts, token) - 1]
+    return start if window is None else max(start, token - window + 1)
+
+
+@lru_cache(maxsize=1024)
+def visible_keys(
+    documents: tuple[int, ...], start: int, stop: int, window: int | None
+) -> tuple[slice, tuple[int, ...], tuple[int, ...]]:
+    """Return which keys the queries of tokens [start, stop) of a row see: the tokens of all of
+    them, and the lengths of the documents in queries and in keys.
+
+    Only the first of their documents can have begun before them. Of its earlier keys, those that
+    the window hides from all queries are left out.
+    """
+    starts = list(accumulate(documents, initial=0))
+    first, last = bisect_right(starts, start) - 1, bisect_left(starts, stop)
+    begin = first_key(documents, start, window)
+    lengths = tuple(b - a for a, b in pairwise([start, *starts[first + 1 : last], stop]))
+    return slice(begin, stop), lengths, (lengths[0] + start - begin, *lengths[1:])

@@ -149,8 +149,10 @@ class Merged:
     def add(self, queries: slice, output: Tensor, lse: Tensor) -> None:
         before, sum_ = self._lse[:, queries], self._sum[:, queries]
         total = torch.logaddexp(before, lse)
-        sum_.mul_((before - total).exp_()[..., None])
-        sum_.add_(output * (lse - total).exp_()[..., None])
+        # Queries that have seen no key yet have a sum of -inf; what is subtracted must be finite.
+        finite = total.clamp(min=torch.finfo(total.dtype).min)
+        sum_.mul_((before - finite).exp_()[..., None])
+        sum_.add_(output * (lse - finite).exp_()[..., None])
         before.copy_(total)
 
     def end(self) -> None:

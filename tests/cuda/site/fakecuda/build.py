@@ -1,6 +1,7 @@
 """The device's library: where it is, whether it can be had, and its build.
 
-One for each torch and each state of the sources, in build/fakecuda/ under the repository.
+One for each torch and each state of the sources, in build/fakecuda/ under the repository. Run as a
+script, this file builds it, where it can be had.
 """
 
 from __future__ import annotations
@@ -86,3 +87,7 @@ def _version(torch: Path) -> tuple[str, str]:
     version = re.search(r"^__version__ = '([^']*)'", text, re.M)
     built_for = re.findall(r"^(cuda|hip)\b[^=\n]*= '([^']*)'", text, re.M)
     return version[1] if version else "unknown", " ".join(" ".join(found) for found in built_for)
+
+
+if __name__ == "__main__" and not (why_not(torch_folder()) or why_refused(torch_folder())):
+    built(torch_folder())

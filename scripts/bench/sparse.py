@@ -1,0 +1,134 @@
+"""Memory and time of learned sparse attention, against dense attention of the same widths.
+
+    python scripts/bench/sparse.py
+    python scripts/bench/sparse.py --tokens 8192 16384 --ranks 1
+
+A streamed step of a model of one block with an indexer (deepseek_v32, whose queries read 256 keys),
+and of the same block without one (deepseek_v3). Each length has a process of its own for the peak
+of its anonymous memory, and one whose allocator keeps memory for the CPU seconds: those of the
+attention kernels, and those of the indexer's scores. Where dense attention takes as long as sparse
+attention alone is found by its growth with the square of the length, from the longest pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from common import ALLOCATOR, CACHING, launch, measure, parser_of, run, slope, tell, training_step
+
+MODEL: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 256,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 1,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 96,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "max_position_embeddings": 2**22,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+INDEXER = {"model_type": "deepseek_v32", "index_topk": 256, "index_n_heads": 4}
+MODELS = {"dense": MODEL, "sparse": MODEL | INDEXER | {"index_head_dim": 32}}
+
+
+def step_of(kind: str, tokens: int, chunk: int) -> None:
+    """Print what a step takes, after one of a short sequence."""
+    import torch
+
+    from titan_ulysses.ulysses import indexer
+    from titan_ulysses.ulysses.cores import sdpa
+    from titan_ulysses.ulysses.pieces import KERNELS
+    from titan_ulysses.ulysses.scores import PieceKernels
+
+    seconds: dict[str, float] = defaultdict(float)
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = time.thread_time()
+            result = function(*args, **kwargs)
+            seconds[name] += time.thread_time() - started
+            return result
+
+        return call
+
+    def core(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return sdpa(*args, **kwargs)
+
+    pair = (timed("attention", x) for x in (KERNELS.forward, KERNELS.backward))
+    core.pieces = PieceKernels(*pair)  # type: ignore[attr-defined]
+    indexer.choose = timed("indexer", indexer.choose)
+    memory = {"stream_chunk_tokens": chunk}
+    step = training_step(MODELS[kind], attention=core, memory=memory)
+    step(2 * chunk)
+    seconds.clear()
+    found = measure(step, [tokens])
+    found["memory"] = found["anonymous"] - found["before_anonymous"]
+    tell(found | seconds)
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16384, 32768])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--chunk", type=int, default=2048, help="tokens of a streamed chunk")
+    parser.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.step:
+        return step_of(args.step[0], int(args.step[1]), args.chunk)
+
+    print("one block of width 256, fp32, 256 keys a query, a thread a rank", flush=True)
+    for ranks in args.ranks:
+        found = {
+            (kind, tokens): one_step(kind, tokens, ranks, args.chunk)
+            for kind in MODELS
+            for tokens in args.tokens
+        }
+        first, last = args.tokens[0], args.tokens[-1]
+        for (kind, tokens), x in found.items():
+            print(
+                f"  {ranks} ranks, {tokens:>7,} tokens, {kind}: attention {x['attention']:.2f} s, "
+                f"indexer {x['indexer']:.2f} s a rank, peak {x['memory'] / 2**20:.1f} MiB",
+                flush=True,
+            )
+        ratio = f"{first:,} to {last:,} tokens"
+        growth = {k: found[k, last]["attention"] / found[k, first]["attention"] for k in MODELS}
+        slopes = {k: slope([(t, found[k, t]["memory"]) for t in args.tokens]) for k in MODELS}
+        dense, sparse = (found[kind, last]["attention"] for kind in MODELS)
+        print(
+            f"  {ranks} ranks, {ratio}: attention grows {growth['dense']:.2f} times (dense) and "
+            f"{growth['sparse']:.2f} times (sparse); {slopes['dense'] * ranks:.0f} and "
+            f"{slopes['sparse'] * ranks:.0f} bytes a token of a rank, "
+            f"{slopes['sparse'] / slopes['dense']:.2f} times as many; equal seconds of attention "
+            f"at {last * sparse / dense:,.0f} tokens",
+            flush=True,
+        )
+
+
+def one_step(kind: str, tokens: int, ranks: int, chunk: int) -> dict[str, float]:
+    """Return seconds and bytes of a rank: the mean of the ranks' seconds, the largest memory."""
+    found: dict[str, float] = {}
+    for allocator, names in ((ALLOCATOR, ["memory"]), (CACHING, ["attention", "indexer"])):
+        command = [*launch(ranks, __file__), "--chunk", str(chunk), "--step", kind, str(tokens)]
+        of_ranks = run(command, threads=1, minutes=15, env=allocator)
+        if isinstance(of_ranks, str):
+            raise SystemExit(f"{kind}, {tokens:,} tokens: {of_ranks}")
+        for name in names:
+            values = [x.get(name, 0.0) for x in of_ranks]
+            found[name] = max(values) if name == "memory" else sum(values) / ranks
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""A step simulated by a few layers is the step of all layers."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from helpers.families import model_of
+from helpers.models import LLAMA
+from titan_ulysses.config.schema import Config
+from titan_ulysses.distributed.errors import UserError
+
+LONG = {"max_position_embeddings": 2**24}
+WIDE = {"hidden_size": 192, "intermediate_size": 64}  # NF4 has blocks of 64 numbers
+ONE_KIND = {"num_hidden_layers": 8}
+TWO_KINDS = {"num_hidden_layers": 12}
+MODELS = {
+    "llama": LLAMA | ONE_KIND | WIDE,
+    "tied": LLAMA | ONE_KIND | WIDE | {"tie_word_embeddings": True},
+    "qwen3_moe": model_of("qwen3_moe") | ONE_KIND,
+    "gpt_oss": model_of("gpt_oss")
+    | TWO_KINDS
+    | {"layer_types": ["sliding_attention", "full_attention"] * 6},
+    "gemma3_text": model_of("gemma3_text")
+    | TWO_KINDS
+    | {"layer_types": ["sliding_attention", "full_attention"] * 6},
+    "qwen3_next": model_of("qwen3_next")
+    | TWO_KINDS
+    | {"layer_types": ["linear_attention", "full_attention"] * 6},
+}
+
+
+def setup_of(model: str, settings: dict):
+    from titan_ulysses.plan.planner import set_up
+
+    table: dict = {"model": {"config": MODELS[model] | LONG, "tokenizer": "bytes"}}
+    for key, value in ({"training.seq_len": 4096} | settings).items():
+        section, name = key.split(".")
+        table.setdefault(section, {})[name] = value
+    return set_up(Config.model_validate(table))
+
+
+def all_of(simulation) -> dict:
+    """All that a simulation says, so that it can be compared."""
+    memory, numbers = simulation.memory, {}
+    return {
+        "events": [
+            (numbers.setdefault(id(one), len(numbers)), change, moment)
+            for (one, change), moment in zip(memory.events, memory.moments, strict=True)
+        ],
+        "allocations": [
+            (one.component, one.place, one.made, one.shape, one.dtype, one.label, one.layer)
+            for one in dict.fromkeys(one for one, _ in memory.events)
+        ],
+        "ticks": simulation.ticks,
+        "cost": simulation.cost.amounts,
+        "collectives": simulation.collectives,
+        "rest": (simulation.start, simulation.batches, simulation.flops_per_token),
+    }
+
+
+def drawn(number: int):
+    """A setup with random settings of all kinds."""
+    random = Random(number)
+    while True:
+        model, world = random.choice([*MODELS]), random.choice([1, 2, 4, 8])
+        full, is_wide = random.random() < 0.8, model in ("llama", "tied")
+        # What is quantized has a smallest size.
+        quantized = ["none", "nf4"] if is_wide else ["none"]
+        optimizers = ["adamw", "muon"] + ["adamw8bit"] * (is_wide and world == 1)
+        adapters = random.random() < 0.3
+        settings = {
+            "plan.world_size": world,
+            "parallelism.sequence_parallel_degree": random.choice([1, 2, 4]),
+            "parallelism.data_parallel_replicate_degree": random.choice([1, 1, 2]),
+            "training.global_batch_size": random.choice([-1, -1, 3 * world]),
+            "memory.stream_chunk_tokens": random.choice([-1, 576]),
+            "memory.stream_offload": random.choice(["none", "host", "disk"]),
+            "memory.optimizer_offload": random.random() < 0.2,
+            "memory.parameter_offload": random.random() < 0.2,
+            "memory.mlp_tile_tokens": random.choice([0, 300, -1]),
+            "activation_checkpoint.mode": "full" if full else "none",
+            "activation_checkpoint.every": random.choice([1, 1, 2]) if full else 1,
+            "activation_checkpoint.offload": random.choice(["none", "host"]),
+            "activation_checkpoint.keep_attention": random.choice(["none", "none", "all"]),
+            "lora.rank": 32 if adapters else 0,
+            "lora.quantize_base": random.choice(quantized) if adapters else "none",
+            "optimizer.name": random.choice(optimizers),
+            "checkpoint.enable": random.random() < 0.5,
+        }
+        try:
+            return setup_of(model, settings)
+        except UserError:
+            continue
+
+
+CASES = {
+    "chunks off the device": (
+        "llama",
+        {
+            "plan.world_size": 8,
+            "parallelism.sequence_parallel_degree": 4,  # of six heads
+            "memory.stream_chunk_tokens": 2048,
+            "memory.stream_offload": "host",
+            "training.global_batch_size": 4,  # two batches
+        },
+    ),
+    "adapters on NF4": (
+        "tied",
+        {
+            "plan.world_size": 1,
+            "lora.rank": 32,
+            "lora.quantize_base": "nf4",
+            "activation_checkpoint.offload": "host",
+            "memory.stream_chunk_tokens": -1,
+        },
+    ),
+    "two kinds": (
+        "qwen3_next",
+        {
+            "plan.world_size": 2,
+            "parallelism.sequence_parallel_degree": 2,
+            "memory.optimizer_offload": True,
+            "activation_checkpoint.mode": "none",
+            "memory.stream_chunk_tokens": -1,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    # Those with names are the hardest of what the numbers draw.
+    [*CASES, *(pytest.param(number, marks=pytest.mark.slow) for number in range(40))],
+)
+def test_few_layers_tell_what_all_do(case):
+    """To the byte and the FLOP: every event, every operation's cost, every name."""
+    from titan_ulysses.plan.layers import simulate_by_layers
+    from titan_ulysses.plan.simulate import simulate
+
+    setup = drawn(case) if isinstance(case, int) else setup_of(*CASES[case])
+    short, whole = (run(setup.spec, cuda=setup.workspace) for run in (simulate_by_layers, simulate))
+    print(setup.model_config.model_type, short.layers, "of", whole.layers)
+    found, expected = all_of(short), all_of(whole)
+    for what in expected:
+        assert found[what] == expected[what], what
+    assert short.layers < whole.layers, "all layers were simulated"

@@ -1,0 +1,440 @@
+"""Learned sparse attention: what an indexer chooses, attention to it, and whole models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from helpers.families import FAMILIES, VERIFIED, model_of
+from helpers.precision import kept_in_fp64
+from helpers.ranks import run_on_ranks
+from helpers.rows import Row, make_rows
+from helpers.runs import Settings, logged, train, write_run
+from helpers.training import Record, largest_difference, train_plain, train_sharded
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.model import families, hf
+from titan_ulysses.model.families import check_family
+from titan_ulysses.ulysses import indexer, sparse
+from titan_ulysses.ulysses.indexer import choose
+from titan_ulysses.ulysses.scores import Scores, of_documents
+from titan_ulysses.ulysses.sparse import CHOSEN
+from titan_ulysses.ulysses.tiles import Merged
+
+pytestmark = pytest.mark.skipif("deepseek_v32" not in FAMILIES, reason="transformers is too old")
+
+SEEN = 4
+"""Keys that a query of the tiny models reads."""
+LENGTHS = [(20, 3, 1, 24), (6, 30, 12)]
+"""Documents longer than that, as long, shorter, of one token."""
+
+# --- the choice -----------------------------------------------------------------------------------
+
+
+def scored(documents: tuple[tuple[int, ...], ...], generator: torch.Generator) -> tuple:
+    """Random queries, weights and keys of 32 heads, and all scores: -inf where no key is seen."""
+    rows, tokens = len(documents), sum(documents[0])
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    q, w, k = random(rows, tokens, 32, 8), random(rows, tokens, 32), random(rows, tokens, 8)
+    scores = torch.einsum("bqh,bqhk->bqk", w, torch.relu(torch.einsum("bqhd,bkd->bqhk", q, k)))
+    number = torch.stack(
+        [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in documents]
+    )
+    seen = (number[:, :, None] == number[:, None]) & torch.ones(tokens, tokens).tril().bool()
+    return q, w, k, scores.masked_fill(~seen, -torch.inf)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_choice_is_that_of_all_scores_at_once(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With tiles and blocks of keys that divide nothing, in the slices of any rank."""
+    monkeypatch.setattr(indexer, "_BLOCK", 5)
+    monkeypatch.setattr(indexer, "_TILE_NUMBERS", 32 * 5 * 7)
+    q, w, k, scores = scored(tuple(LENGTHS), torch.Generator().manual_seed(0))
+    finite = scores[scores > -torch.inf]
+    assert len(finite.unique()) == len(finite), "equal scores, of which any may be taken"
+    expected = torch.zeros_like(scores).scatter(-1, scores.topk(SEEN).indices, 1.0)
+    expected[scores == -torch.inf] = 0
+    blocks = [(slice(x, min(x + 11, 48)), k[:, x : x + 11]) for x in range(0, 48, 11)]
+    found = torch.zeros_like(scores)
+    for rank in range(ranks):
+        start, count = 48 // ranks * rank, 48 // ranks
+        mine = slice(start, start + count)
+        chosen = choose(q[:, mine], w[:, mine], 1.0, blocks, start, tuple(LENGTHS), SEEN)
+        places = torch.cat([found[:, mine], torch.zeros(2, count, 1)], dim=-1)
+        found[:, mine] = places.scatter(-1, chosen.long() % 49, 1.0)[..., :48]
+    assert torch.equal(found, expected)
+
+
+def test_attention_to_the_chosen_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output, log-sum-exp and gradients are those of explicit scores with all others hidden, and
+    merge from blocks of keys of which some queries have chosen none.
+    """
+    monkeypatch.setitem(sparse._TILE_BYTES, "cpu", 4000)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    n, q, k, v, grad = 30, random(30, 6, 8), random(30, 2, 8), random(30, 2, 5), random(30, 6, 5)
+    chosen = torch.stack([torch.randperm(n, generator=generator)[:4] for _ in range(n)])
+    chosen = torch.where(chosen <= torch.arange(n)[:, None], chosen, -1)
+    chosen[:, 0] = torch.arange(n)  # each query sees itself
+    chosen[7] = torch.tensor([7, -1, -1, -1])
+    for row in chosen:  # a key once
+        assert (
+            row[row >= 0].unique().numel() == (row >= 0).sum()
+            or row.copy_(torch.tensor([row[0], -1, -1, -1])).any()
+        )
+    scores = Scores((n,), (n,), 0.3, chosen=chosen.int())
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    full = torch.einsum("qhd,khd->hqk", leaves[0], leaves[1].repeat_interleave(3, 1)) * 0.3
+    hidden = torch.ones(n, n + 1).scatter(1, chosen % (n + 1), 0.0)[:, :n].bool()
+    full = full.masked_fill(hidden, -torch.inf)
+    expected = torch.einsum("hqk,khd->qhd", full.softmax(-1), leaves[2].repeat_interleave(3, 1))
+    expected.backward(grad)
+
+    output, lse = CHOSEN.forward(q, k, v, scores)
+    sums = torch.zeros_like(k), torch.zeros_like(v)
+    dq = CHOSEN.backward(grad, q, k, v, output, lse, scores, dk=sums[0], dv=sums[1])
+    pairs = [(output, expected), (lse, full.logsumexp(-1))]
+    pairs += [*zip((dq, *sums), (x.grad for x in leaves), strict=True)]
+
+    merged, total = torch.empty_like(output), torch.empty_like(lse)
+    parts = Merged(merged.transpose(0, 1), total)
+    for block in (slice(0, 11), slice(11, 25), slice(25, 30)):
+        part, sum_ = CHOSEN.forward(q, k[block], v[block], scores.among(block.start))
+        parts.add(slice(0, n), part.transpose(0, 1), sum_)
+    parts.end()
+    for found, wanted in [*pairs, (merged, expected), (total, full.logsumexp(-1))]:
+        torch.testing.assert_close(found, wanted.detach(), rtol=1e-12, atol=1e-13)
+
+
+def test_indices_of_rows_become_those_of_all_rows() -> None:
+    chosen = torch.tensor([[[0, -1], [1, 0]], [[0, -1], [0, 1]]], dtype=torch.int32)
+    scores = of_documents(((2,), (2,)), 1.0, chosen=chosen)
+    assert scores.chosen.tolist() == [[0, -1], [1, 0], [2, -1], [2, 3]]
+
+
+# --- whole models ---------------------------------------------------------------------------------
+
+
+def steps(count: int = 3) -> list[list[list[Row]]]:
+    masked = ["none", "uneven", "none"]
+    return [[make_rows(LENGTHS, masked=masked[i], vocab_size=61, seed=i)] for i in range(count)]
+
+
+@lru_cache
+def plain(family: str) -> Record:
+    return kept_in_fp64(train_plain, model_of(family), steps(), torch.float64)
+
+
+STREAMED = {"stream_chunk_tokens": 14, "checkpoint_every": 1}
+OFF_DEVICE = {"stream_chunk_tokens": 9, "checkpoint_every": 1, "stream_offload": "host"}
+CASES: list[tuple[str, tuple[int, int, int], dict[str, Any]]] = [
+    ("deepseek_v32", (1, 2, 2), {**STREAMED, "keep_attention": "all"}),
+    ("glm_moe_dsa", (1, 1, 3), OFF_DEVICE),  # layers that share a choice; 6 heads
+]
+SWEEP = [
+    (family, mesh, options)
+    for family in ("deepseek_v32", "glm_moe_dsa", *VERIFIED)
+    if family in CONFIG_MAPPING
+    for mesh in ((1, 1, 1), (1, 1, 2), (1, 1, 3), (1, 1, 4), (1, 2, 2))
+    for options in ({"checkpoint_every": 1, "stream_chunk_tokens": -1}, STREAMED, OFF_DEVICE)
+]
+BOUNDS = {"hy_v4": 5e-11}
+"""8e-12 to 1e-11: its hyper-connections amplify rounding."""
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh", "options"),
+    # test_families has both at once, in slices and packed, on other meshes.
+    CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in SWEEP],
+)
+def test_models_train_as_in_one_process(
+    family: str, mesh: tuple[int, int, int], options: dict[str, Any]
+) -> None:
+    arguments = train_sharded, mesh, model_of(family), steps(), torch.float64
+    ranks = mesh[0] * mesh[1] * mesh[2]
+    found = run_on_ranks(ranks, kept_in_fp64, *arguments, attention="sdpa", **options)[0]
+    worst = largest_difference(found, plain(family))
+    bound = BOUNDS.get(family, 1e-12)
+    assert max(worst.values()) < bound, {k: v for k, v in worst.items() if v >= bound}
+
+
+def calls_of(lengths: list[tuple[int, ...]]) -> tuple[int, int, list[float]]:
+    """Train a step, and count the calls of the indexer's scores and of the sparse core."""
+    counts = {"choose": 0, "core": 0}
+    kernels, chosen = CHOSEN.forward, indexer.choose
+
+    def choose(*args: Any) -> Tensor:
+        counts["choose"] += 1
+        return chosen(*args)
+
+    def core(*args: Any) -> Any:
+        counts["core"] += 1
+        return kernels(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(indexer, "choose", choose)
+        object.__setattr__(CHOSEN, "forward", core)
+        try:
+            batches = [[make_rows(lengths, masked="none", vocab_size=61, seed=0)]]
+            table = model_of("deepseek_v32")
+            record = train_sharded((1, 1, 2), table, batches, torch.float64, checkpoint_every=1)
+        finally:
+            object.__setattr__(CHOSEN, "forward", kernels)
+    return counts["choose"], counts["core"], record.losses
+
+
+# --- training the indexer -------------------------------------------------------------------------
+
+
+class TopK(TorchFunctionMode):
+    """Sees the scores of which an indexer takes the best."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.topk:
+            self.scores = args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def watch(plain: PreTrainedModel) -> None:
+    """Let each attention layer of an unmodified model note its weights and its indexer's inputs."""
+    plain.set_attn_implementation("eager")
+
+    def note_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        module.inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in args), kwargs
+
+    def note_weights(layer: nn.Module, args: tuple, output: tuple) -> None:
+        layer.weights = output[1]
+
+    for block in plain.model.layers:
+        block.self_attn.register_forward_hook(note_weights)
+        if block.self_attn.indexer is not None:
+            block.self_attn.indexer.register_forward_pre_hook(note_inputs, with_kwargs=True)
+
+
+def divergence(plain: PreTrainedModel, labels: Tensor) -> Tensor:
+    """The KL divergence of all indexers from the attention to what they chose, from dense scores,
+    summed over the tokens with a label.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for block in plain.model.layers:
+        module = block.self_attn.indexer
+        if module is None:
+            continue
+        args, kwargs = module.inputs
+        with TopK() as seen:
+            type(module).forward.__wrapped__(module, *args, **kwargs)
+        p = block.self_attn.weights[0].detach().mean(dim=0)
+        log_q = seen.scores[0].masked_fill(p == 0, -torch.inf).log_softmax(dim=-1)
+        terms = torch.where(p > 0, p * (p.clamp(min=1e-300).log() - log_q), 0).sum(dim=-1)
+        total = total + terms[labels != -100].sum()
+    return total
+
+
+def watch_indexers_alone(plain: PreTrainedModel) -> None:
+    watch(plain)
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(".indexer." in name)
+
+
+@lru_cache
+def plain_trained(family: str, training: str) -> Record:
+    table, fill = model_of(family), watch
+    if training == "warmup":
+        table, fill = table | {"index_topk": 1000}, watch_indexers_alone  # all keys
+    arguments = train_plain, table, steps(), torch.float64
+    return kept_in_fp64(*arguments, fill=fill, more=divergence)
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh", "options", "training"),
+    [
+        ("deepseek_v32", (1, 1, 2), {"checkpoint_every": 1, "stream_chunk_tokens": -1}, "joint"),
+        ("glm_moe_dsa", (1, 1, 3), OFF_DEVICE, "joint"),
+        ("deepseek_v32", (1, 2, 2), STREAMED, "warmup"),
+        ("deepseek_v32", (1, 1, 3), {"checkpoint_every": 1, "stream_chunk_tokens": -1}, "warmup"),
+    ]
+    + [
+        pytest.param(*case, training, marks=pytest.mark.slow)
+        for case in SWEEP
+        if case[0] in ("deepseek_v32", "glm_moe_dsa")
+        for training in ("warmup", "joint")
+    ],
+)
+def test_trained_indexers(
+    family: str, mesh: tuple[int, int, int], options: dict[str, Any], training: str
+) -> None:
+    """Every gradient, of indexers and of the others, is that of dense scores in one process."""
+    arguments = train_sharded, mesh, model_of(family), steps(), torch.float64
+    options = options | {"attention": "sdpa", "indexer": training}
+    found = run_on_ranks(math.prod(mesh), kept_in_fp64, *arguments, **options)[0]
+    expected = plain_trained(family, training)
+    trained = [".indexer." in name for name in expected.gradients[0]]
+    assert any(trained) and all(trained) == (training == "warmup")
+    worst = largest_difference(found, expected)
+    assert max(worst.values()) < 1e-12, {k: v for k, v in worst.items() if v >= 1e-12}
+
+
+def two_stages(folder: Path) -> None:
+    """By TOML: a warm-up; from its export the joint stage, at once and in two runs."""
+    table = {**model_of("deepseek_v32"), "vocab_size": 257, "max_position_embeddings": 128}
+    common: Settings = {
+        "model.config": table,
+        "parallelism.sequence_parallel_degree": 2,
+        "training.global_batch_size": 2,
+        "memory.stream_chunk_tokens": 8,
+        "optimizer.lr": 1e-2,
+        "loss.indexer": "warmup",
+        "training.steps": 6,
+        "lr_scheduler.warmup_steps": 1,
+        "job.name": "warmup",
+        "checkpoint.export": True,
+    }
+    train(folder / "run.toml", common)
+    export = str(folder / "outputs" / "warmup" / "export")
+    joint = common | {"model.config": None, "model.path": export, "model.tokenizer": "bytes"}
+    joint |= {
+        "loss.indexer": "joint",
+        "checkpoint.interval": 2,
+        "lr_scheduler.decay_type": "constant",
+    }
+    train(folder / "run.toml", joint | {"job.name": "whole", "training.steps": 4})
+    for steps in (2, 4):
+        train(folder / "run.toml", joint | {"job.name": "resumed", "training.steps": steps})
+
+
+def test_a_warm_up_and_a_joint_stage_by_toml(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    run_on_ranks(2, two_stages, tmp_path)
+    warmup, whole, resumed = (
+        logged(tmp_path / "outputs" / name) for name in ("warmup", "whole", "resumed")
+    )
+    losses = [line["indexer_loss"] for line in warmup]
+    assert 0 < losses[-1] < 0.8 * losses[0]
+    assert [line["indexer_loss_by_layer"].keys() for line in warmup] == [{"0", "1"}] * 6
+    for name in ("loss", "grad_norm", "indexer_loss"):
+        assert [line[name] for line in resumed] == [line[name] for line in whole], name
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "outputs" / "whole" / "export")
+    assert model.config.model_type == "deepseek_v32"
+
+
+# --- mistakes that these tests must find ----------------------------------------------------------
+
+
+def slice_for_sequence(patch: pytest.MonkeyPatch) -> None:
+    """Indices count the tokens of a rank's slice."""
+    own = indexer.choose
+    patch.setattr(
+        indexer,
+        "choose",
+        lambda q, w, s, blocks, start, documents, count: torch.where(
+            (found := own(q, w, s, blocks, start, documents, count)) < 0, -1, found - start
+        ),
+    )
+
+
+def another_document(patch: pytest.MonkeyPatch) -> None:
+    """A row is one document to the indexer."""
+    own = indexer.choose
+    patch.setattr(
+        indexer,
+        "choose",
+        lambda q, w, s, blocks, start, documents, count: own(
+            q, w, s, blocks, start, tuple((sum(row),) for row in documents), count
+        ),
+    )
+
+
+def later_keys(patch: pytest.MonkeyPatch) -> None:
+    """Keys after the query count."""
+    own = indexer._merge
+    patch.setattr(
+        indexer,
+        "_merge",
+        lambda best, found, scores, tile, part: own(
+            best, found, scores, slice(part.stop, part.stop + len(scores)), part
+        ),
+    )
+
+
+def a_rank_is_missed(patch: pytest.MonkeyPatch) -> None:
+    """The keys of a rank's tokens get no gradient of the queries of another rank's."""
+    backward = CHOSEN.backward
+
+    def without(*args: Any, **sums: Tensor) -> Tensor:
+        *others, scores = args
+        count, half = sum(LENGTHS[0]), sum(LENGTHS[0]) // 2
+        late = (torch.arange(len(scores.chosen)) % count >= half)[:, None]
+        far = late & (scores.chosen % count < half)
+        return backward(*others, replace(scores, chosen=scores.chosen.where(~far, -1)), **sums)
+
+    object.__setattr__(CHOSEN, "backward", without)  # put back by `losses_with`
+
+
+MISTAKES = [slice_for_sequence, another_document, later_keys, a_rank_is_missed]
+
+
+def losses_with(mistake: Callable[[pytest.MonkeyPatch], None] | None) -> Record:
+    kernels = CHOSEN.backward
+    with pytest.MonkeyPatch.context() as patch:
+        if mistake is not None:
+            mistake(patch)
+        try:
+            options = {"checkpoint_every": 1, "stream_chunk_tokens": -1, "attention": "sdpa"}
+            return kept_in_fp64(
+                train_sharded,
+                (1, 1, 2),
+                model_of("deepseek_v32"),
+                steps(1),
+                torch.float64,
+                **options,
+            )
+        finally:
+            object.__setattr__(CHOSEN, "backward", kernels)
+
+
+def several(*_: Any) -> Any:
+    records = [losses_with(mistake) for mistake in (None, *MISTAKES)]
+    return records, calls_of([(SEEN, 3, 1), (2, 2, SEEN)]), calls_of([(SEEN + 1, 3), (4, 4)])
+
+
+def test_mistakes_are_found_and_short_documents_are_dense() -> None:
+    (right, *wrong), dense, sparse_ = run_on_ranks(2, several)[0]
+    expected = plain("deepseek_v32")
+    expected = Record(expected.losses[:1], expected.grad_norms[:1], expected.gradients[:1])
+    right.parameters = {}
+    assert max(largest_difference(right, expected).values()) < 1e-12
+    for mistake, record in zip(MISTAKES, wrong, strict=True):
+        record.parameters = {}
+        assert max(largest_difference(record, expected).values()) > 1e-6, mistake.__doc__
+    assert dense[:2] == (0, 0)
+    assert min(sparse_[:2]) > 0
+
+
+def test_other_indexers_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OtherIndexer(torch.nn.Module):
+        """Without what DeepSeek-V3.2's has."""
+
+    config = hf.load_model_config("", model_of("deepseek_v32"))
+    check_family(config)
+    model = hf.build_on_meta(config, torch.float32)
+    model.model.layers[1].self_attn.indexer = OtherIndexer()
+    monkeypatch.setattr(families, "build_on_meta", lambda *_: model)
+    with pytest.raises(UserError, match="layers of type indexed_attention, as in Deepseek"):
+        check_family(config)
