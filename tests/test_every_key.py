@@ -883,7 +883,7 @@ PLANNED = {
             slow=True,
         )
     ],
-    "plan.ladder": [Case(True, lambda run, _: len(run.facts["ladder"]) == 8, SMALL_GPU, slow=True)],
+    "plan.ladder": [Case(True, lambda run, _: len(run.facts["ladder"]) == 9, SMALL_GPU, slow=True)],
     "plan.enforce": [
         Case(
             True,
