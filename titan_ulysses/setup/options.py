@@ -31,7 +31,7 @@ def _dtype(name: Any) -> Any:
 
 
 class ParallelOptions(BaseModel):
-    """The keywords of `parallelize`: sections of a config, and keys of [model] and [training].
+    """The keywords of `parallelize`: sections of a config, and keys of [model], [training], [loss].
 
     They have the names, defaults and meaning that they have there (see `config/schema.py`), except
     for the dtypes.
@@ -46,6 +46,8 @@ class ParallelOptions(BaseModel):
     """Without optimizer_offload, which is about the optimizer of train.py."""
     compile: Compile = Compile()
     z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    """Of the cross-entropy."""
     param_dtype: Annotated[torch.dtype | None, BeforeValidator(_dtype)] = None
     """Dtype in which the model computes; None: the model's dtype. Stored parameters keep theirs."""
     reduce_dtype: Annotated[torch.dtype | None, BeforeValidator(_dtype)] = None
@@ -133,6 +135,9 @@ def options_of(config: Config, core: Core) -> ParallelOptions:
         memory=config.memory,
         compile=config.compile,
         z_loss=training.z_loss,
+        label_smoothing=(
+            config.loss.label_smoothing if config.loss.name == "cross_entropy" else 0.0
+        ),
         param_dtype=getattr(torch, training.param_dtype),
         reduce_dtype=getattr(torch, training.reduce_dtype),
     )
