@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
+from titan_ulysses.config.schema import MOST_STEPS
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.observability.units import size_text, time_text
 from titan_ulysses.plan.estimate import estimate_plan
@@ -35,6 +36,8 @@ class RunCost:
     """in the currency of plan.gpu_hour_price; None without a price"""
 
     def sentence(self) -> str:
+        if not self.tokens:
+            return "the run: as long as training.epochs; plan.tokens gives its hours and cost"
         price = "" if self.cost is None else f", cost {self.cost:,.2f}"
         return (
             f"the run: {self.tokens:,} tokens in {time_text(3600 * self.hours)}, "
@@ -44,11 +47,14 @@ class RunCost:
 
 def run_cost(estimate: Estimate, tokens: int = 0) -> RunCost:
     """Return what `tokens` take on the GPUs of setup: plan.tokens, or those of training.steps
-    steps, unless given. Steps alone count, and no validation, no checkpoint and no start.
+    steps, unless given; 0 for epochs, whose tokens no plan knows. Steps alone count, and no
+    validation, no checkpoint and no start.
     """
     setup = estimate.setup
     tokens = tokens or setup.config.plan.tokens
-    tokens = tokens or setup.config.training.steps * setup.tokens_per_step
+    training = setup.config.training
+    is_known = not training.epochs or training.steps < MOST_STEPS
+    tokens = tokens or is_known * training.steps * setup.tokens_per_step
     hours = tokens * estimate.seconds_per_token / 3600
     gpu_hours = hours * setup.world_size
     price = setup.config.plan.gpu_hour_price
