@@ -56,7 +56,12 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
     """
     check_lora(settings)
     head, modules = model.get_output_embeddings(), model.named_modules()
-    linear = [name for name, m in modules if isinstance(m, nn.Linear) and m is not head]
+    linear = [
+        name
+        for name, m in modules
+        # An indexer of sparse attention has no gradient (ulysses/indexer.py).
+        if isinstance(m, nn.Linear) and m is not head and ".indexer." not in name
+    ]
     targets, parameters = _targets(linear, model, settings), _target_parameters(model, settings)
     with suppress_torchao_warnings():  # peft imports torchao wherever it is installed
         from peft import LoraConfig, inject_adapter_in_model
