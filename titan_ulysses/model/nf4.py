@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.parts import visited
 from titan_ulysses.distributed.tensors import local_shard
 from titan_ulysses.model.parameter_names import is_router, plain
 
@@ -96,9 +97,8 @@ def dequantize(packed: Tensor, out: Tensor) -> Tensor:
     """
     columns = out.shape[-1]
     some = max(1, _AT_ONCE // columns)
-    for rows, numbers in zip(
-        packed.flatten(0, -2).split(some), out.view(-1, columns).split(some), strict=True
-    ):
+    parts = zip(packed.flatten(0, -2).split(some), out.view(-1, columns).split(some), strict=True)
+    for rows, numbers in visited([*parts]):
         numbers.copy_(_numbers(rows, columns))
     return out
 
