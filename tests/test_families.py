@@ -227,7 +227,7 @@ def test_families_in_fp64(case: Case) -> None:
     "family",
     [
         # All of them with those steps kept in fp64, above.
-        pytest.param(family, marks=[] if i % 6 == 0 else [pytest.mark.slow])
+        pytest.param(family, marks=[] if i % 12 == 0 else [pytest.mark.slow])
         for i, family in enumerate(FAMILIES)
     ],
 )

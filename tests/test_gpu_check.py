@@ -65,21 +65,26 @@ def test_no_check_stops_the_next(capsys: pytest.CaptureFixture[str]) -> None:
     assert late["works"]["why"] == "no time is left"
 
 
-def rehearse(script: str, output: Path) -> dict[str, gpu_check.Figures]:
+def rehearse(script: str, output: Path, *options: str) -> dict[str, gpu_check.Figures]:
     """It forks itself for each check: all of them have what this process has imported."""
-    command = [ROOT / "scripts" / script, "--rehearse", "--output", output]
+    command = [ROOT / "scripts" / script, "--rehearse", "--output", output, *options]
     done = start(output.parent / "said", *command, cwd=output.parent)
     said = "".join(done.communicate())
     assert done.returncode == 0, said
     return json.loads(output.read_text())
 
 
+SAME = [name for name in gpu_check.CHECKS if name.startswith("trainer_") and name != "trainer_bf16"]
+"""The check trainer_bf16 with other settings, which test_optimizer.py, test_background_save.py,
+test_nonfinite.py and test_compile.py have.
+"""
+
+
 def test_a_rehearsal(tmp_path: Path) -> None:
-    found = rehearse("gpu_check.py", tmp_path / "found.json")
-    assert list(found) == list(gpu_check.CHECKS)
-    assert {result["verdict"] for result in found.values()} <= {"ok", "skipped"}
-    skipped = {name for name, result in found.items() if result["verdict"] == "skipped"}
-    assert skipped <= {"trainer_8bit", "trainer_skip_8bit"}, "without torchao"
+    names = [name for name in gpu_check.CHECKS if name not in SAME]
+    found = rehearse("gpu_check.py", tmp_path / "found.json", "--only", *names)
+    assert list(found) == names
+    assert {result["verdict"] for result in found.values()} == {"ok"}
     assert found["resumed_bits"]["figures"] == {"deterministic": "same"}
     rates = found["attention_rates"]["figures"]
     assert rates["sdpa"]["forward"] >= 0 and rates["varlen, FA3"].startswith("no: ")
@@ -139,6 +144,15 @@ def test_on_the_device(tmp_path: Path, names: list[str]) -> None:
 def test_each_check_runs_on_the_device_or_needs_a_card() -> None:
     """A new check is to be put into one of the lists."""
     assert sorted([*QUICK, *OTHERS, *NEEDS_A_CARD]) == sorted(gpu_check.CHECKS)
+
+
+@pytest.mark.slow
+def test_a_rehearsal_of_other_settings(tmp_path: Path) -> None:
+    found = rehearse("gpu_check.py", tmp_path / "found.json", "--only", *SAME)
+    assert list(found) == SAME
+    assert {result["verdict"] for result in found.values()} <= {"ok", "skipped"}
+    skipped = {name for name, result in found.items() if result["verdict"] == "skipped"}
+    assert skipped <= {"trainer_8bit", "trainer_skip_8bit"}, "without torchao"
 
 
 @pytest.mark.slow

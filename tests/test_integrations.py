@@ -43,6 +43,7 @@ MESHES = [
 ]
 
 
+# TRL's trainers have the mixin of transformers' Trainer, which always runs on dp2, too.
 MORE_MESHES = [
     pytest.param(SP2, id="sp2"),
     pytest.param(DP2, id="dp2", marks=pytest.mark.slow),
@@ -440,7 +441,7 @@ def sft_trainer(
     return trainer, watch
 
 
-@pytest.mark.parametrize("degrees", MESHES)
+@pytest.mark.parametrize("degrees", MORE_MESHES)
 def test_sft_packed(degrees: Degrees, tmp_path: Path, trl: None) -> None:
     together(train_sft, degrees, tmp_path)
 
@@ -533,7 +534,7 @@ def train_dpo(
     return show(trainer, watch)
 
 
-@pytest.mark.parametrize("degrees", MESHES)
+@pytest.mark.parametrize("degrees", MORE_MESHES)
 def test_dpo(degrees: Degrees, tmp_path: Path, trl: None) -> None:
     together(train_dpo, degrees, tmp_path)
 
@@ -707,7 +708,7 @@ def train_grpo(
 @pytest.mark.parametrize(
     "loss",
     [
-        {"temperature": 0.8},
+        pytest.param({"temperature": 0.8}, marks=pytest.mark.slow),
         {"loss_type": "grpo", "num_iterations": 2, "epsilon": 0.1},
         {"loss_type": "cispo", "lora": True, "beta": 0.1},
     ],
