@@ -126,7 +126,6 @@ def test_what_needs_no_model_is_said_before_torch_is_imported(toml: Path, tmp_pa
     )
     cases = {
         "--parallelism.sequence_parallel_degree=3": "dp_replicate(1) x dp_shard(-1) x sp(3)",
-        "--lr_scheduler.warmup_steps=2000": "lr_scheduler.warmup_steps = 2000 is more than",
         f"--data.path={tmp_path}/none": f'data.path = "{tmp_path}/none" does not exist',
         "--model.tokenizer=./none": 'model.tokenizer = "./none": no such folder',
     }

@@ -127,6 +127,7 @@ RECORDS: Settings = {"data.source": "jsonl", "data.path": "$MATERIAL/records.jso
 HELD_OUT_RECORDS: Settings = RECORDS | COUNTED | {"validation.path": "$MATERIAL/records.jsonl"}
 CHATS: Settings = COUNTED | {"data.source": "chat", "data.path": "$MATERIAL/chats.jsonl"}
 CHATS |= {"model.tokenizer": "$MATERIAL/pairs", "validation.path": "$MATERIAL/chats.jsonl"}
+NAMES = {"content": "text", "role": "author"}
 DATASET: Settings = {"data.source": "hf", "data.path": "$MATERIAL/dataset"}
 PRETRAINED: Settings = {"model.config": None, "model.path": "$MATERIAL/earlier/run/export"}
 LORA: Settings = {"lora.rank": 4, "optimizer.lr": 1e-2}
@@ -139,6 +140,8 @@ PAIRS: Settings = {
     "training.seq_len": 256,
 }
 DPO: Settings = PAIRS | {"loss.name": "dpo"}
+JUDGED: Settings = PAIRS | {"data.source": "unpaired", "data.path": "$MATERIAL/judged.jsonl"}
+KTO: Settings = JUDGED | {"loss.name": "kto"}
 TEACHER: Settings = {"loss.name": "distillation", "loss.teacher": "$MATERIAL/earlier/run/export"}
 TAUGHT: Settings = {
     "loss.name": "distillation",
@@ -286,6 +289,7 @@ DATA = {
         Case("hf", said("data: 9 document(s)"), {"data.path": "$MATERIAL/dataset"}),
         Case("chat", said("data: 6 document(s)"), CHATS),
         Case("preference", said("data: 8 document(s)"), DPO),
+        Case("unpaired", said("data: 8 document(s)"), KTO),
         Case(
             "tokens",
             lambda run, _: tokens(run) == 12 * len("the text\n") and labels(run) == 12 * 4,
@@ -337,13 +341,35 @@ DATA = {
             "best", lambda run, default: run.of_steps("rewards") != default.of_steps("rewards"), DPO
         )
     ],
+    "data.label_field": [
+        Case("good", lambda run, default: norms(run)[0] > 0 and losses(run) != losses(default), KTO)
+    ],
     "data.messages_field": [
         Case("conversation", lambda run, default: labels(run) > 1.5 * labels(default), CHATS)
+    ],
+    "data.message_fields": [
+        Case(
+            NAMES,
+            said("data: 6 document(s)"),
+            CHATS | {"data.messages_field": "turns", "data.roles": {"agent": "assistant"}},
+        )
+    ],
+    "data.roles": [
+        Case(
+            {"agent": "assistant"},
+            said("data: 6 document(s)"),
+            CHATS | {"data.messages_field": "turns", "data.message_fields": NAMES},
+        )
     ],
     "data.tools_field": [
         Case("functions", lambda run, default: tokens(run) > tokens(default), CHATS)
     ],
     "data.train_on": [
+        Case(
+            "last",
+            lambda run, default: 0 < labels(run) < labels(default),
+            CHATS | {"data.messages_field": "conversation"},
+        ),
         Case(
             "all",
             lambda run, default: tokens(run) == tokens(default) and labels(run) > labels(default),
@@ -390,6 +416,16 @@ TRAINING = {
     "training.global_batch_size": [Case(2, said("2 sequence(s) a step (2 accumulated)"))],
     "training.steps": [
         Case(3, lambda run, _: len(losses(run)) == 3 and "\nDone: 3 steps." in run.said)
+    ],
+    "training.epochs": [
+        Case(
+            0.25,
+            said("training.epochs = 0.25: 5 step(s)"),
+            COUNTED | {"training.steps": 9, "data.path": "$MATERIAL/texts"},
+        )
+    ],
+    "training.max_hours": [
+        Case(1e-9, said("training.max_hours = 1e-09 are over: stopped after step 0."))
     ],
     "training.seed": [
         Case(1, lambda run, default: not run.initial[EMBEDDING].equal(default.initial[EMBEDDING])),
@@ -483,6 +519,15 @@ TRAINING = {
 LOSS = {
     "loss.name": [
         Case("dpo", said("loss: DPO of pairs of completions, beta 0.1"), PAIRS),
+        *(
+            Case(name, said(f"loss: {word} of pairs of completions, beta 0.1{more}"), PAIRS)
+            for name, word, more in (
+                ("ipo", "IPO", ", reference: "),
+                ("simpo", "SimPO", ", gamma 0.5, without a reference"),
+                ("orpo", "ORPO", ", without a reference"),
+            )
+        ),
+        Case("kto", said("loss: KTO of completions, each good or bad, beta 0.1"), JUDGED),
         Case("distillation", said("loss: 1 of the divergence from "), TEACHER),
     ],
     "loss.indexer": [
@@ -492,6 +537,27 @@ LOSS = {
             INDEXED,
         ),
         Case("joint", lambda run, _: not run.kept(), INDEXED),
+    ],
+    "loss.label_smoothing": [
+        Case(0.5, lambda run, default: not near(losses(run), losses(default))),
+        Case(0.5, lambda run, default: norms(run)[0] < 0.1 * norms(default)[0], DPO),
+    ],
+    "loss.simpo_gamma": [
+        Case(
+            2.0,
+            lambda run, default: losses(run)[0] > losses(default)[0],
+            PAIRS | {"loss.name": "simpo"},
+        )
+    ],
+    "loss.desirable_weight": [
+        Case(2.0, lambda run, default: near(losses(run)[0], 2 * losses(default)[0]), KTO)
+    ],
+    "loss.undesirable_weight": [
+        Case(
+            2.0,
+            lambda run, default: near(losses(run)[0], 2 * losses(default)[0]),
+            KTO | {"data.label_field": "good"},
+        )
     ],
     "loss.beta": [
         Case(
@@ -684,10 +750,22 @@ OPTIMIZER = {
             {"training.param_dtype": None},
         )
     ],
-    "lr_scheduler.warmup_steps": [Case(2, logs("lr", [1.5e-4, 3e-4]))],
+    "lr_scheduler.warmup_steps": [
+        Case(2, logs("lr", [1.5e-4, 3e-4])),
+        Case(10, said("is more than the 2 step(s) of the run: shortened to 2")),
+    ],
+    "lr_scheduler.warmup_ratio": [Case(1.0, logs("lr", [1.5e-4, 3e-4]))],
+    "lr_scheduler.decay_ratio": [
+        Case(0.5, logs("lr", [3e-4, 3e-4, 3e-4, 0.3e-4]), {"training.steps": 4})
+    ],
+    "lr_scheduler.cycles": [
+        Case(2, logs("lr", [3e-4, 1.65e-4, 3e-4, 1.65e-4, 0.3e-4]), {"training.steps": 5})
+    ],
     "lr_scheduler.decay_type": [
         Case("constant", logs("lr", [3e-4, 3e-4])),
         Case("linear", logs("lr", [3e-4, 2.1e-4, 1.2e-4, 0.3e-4]), {"training.steps": 4}),
+        Case("sqrt", logs("lr", [3e-4, 3e-4 - 2.7e-4 * 0.5**0.5, 0.3e-4]), {"training.steps": 3}),
+        Case("inverse_sqrt", logs("lr", [3e-4, 3e-4 * (10_000 / 10_001) ** 0.5])),
     ],
     "lr_scheduler.min_lr_ratio": [Case(0.5, logs("lr", [3e-4, 1.5e-4]))],
 }
@@ -883,7 +961,7 @@ PLANNED = {
             slow=True,
         )
     ],
-    "plan.ladder": [Case(True, lambda run, _: len(run.facts["ladder"]) == 8, SMALL_GPU, slow=True)],
+    "plan.ladder": [Case(True, lambda run, _: len(run.facts["ladder"]) == 9, SMALL_GPU, slow=True)],
     "plan.enforce": [
         Case(
             True,

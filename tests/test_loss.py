@@ -86,20 +86,26 @@ def test_bias(tile_tokens: int) -> None:
     assert_equal_to_plain(*make((2, 7), bias=True), tile_tokens, upstream=1.0)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("tile_tokens", [1, 4, 0])
-def test_z_loss(tile_tokens: int, softcap: float | None) -> None:
+def test_z_loss_and_label_smoothing(
+    tile_tokens: int, softcap: float | None, smoothing: float
+) -> None:
     """The squared log-normalizer is added for each label; without gradients, as in validation, it
-    is not.
+    is not, and nothing is smoothed.
     """
     linear, hidden, labels = make((2, 7), bias=True)
     logits = linear(hidden).flatten(0, -2)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     squares = logits.logsumexp(dim=1)[labels.flatten() != -100] ** 2
-    cross_entropy = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
-    expected = (cross_entropy + 0.3 * squares.sum()) / 17
-    head = LossHead(linear, tile_tokens=tile_tokens, softcap=softcap, z_loss=0.3)
+    like = {"ignore_index": -100, "reduction": "sum"}
+    cross_entropy = F.cross_entropy(logits, labels.flatten(), **like)
+    smoothed = F.cross_entropy(logits, labels.flatten(), label_smoothing=smoothing, **like)
+    expected = (smoothed + 0.3 * squares.sum()) / 17
+    options = {"softcap": softcap, "z_loss": 0.3, "label_smoothing": smoothing}
+    head = LossHead(linear, tile_tokens=tile_tokens, **options)
     loss = head(hidden, labels, torch.tensor(17))
     torch.testing.assert_close(loss, expected, **CLOSE)
     torch.testing.assert_close(

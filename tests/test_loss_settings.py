@@ -393,7 +393,7 @@ def test_named_sets_of_pairs(material: Path, tmp_path: Path) -> None:
     texts = [{**sets[0], "source": "text"}]
     config = load_config_of({"model.config": TINY} | wanted | {"validation.sets": texts})
     problems = "\n".join(problems_of(config))
-    assert 'with validation.sets[0].source = "text": DPO, and nothing else' in problems
+    assert 'with validation.sets[0].source = "text": dpo, ipo, simpo and orpo' in problems
 
 
 @pytest.mark.parametrize("loss", [dpo, distillation])
@@ -440,11 +440,14 @@ def nested(wanted: Settings) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("loss", "more", "words"),
     [
-        (dpo, {"loss.name": "cross_entropy"}, ["loss.beta = 0.3", 'only "dpo" reads it']),
+        (dpo, {"loss.name": "cross_entropy"}, ["loss.beta = 0.3", '"dpo", "ipo", "simpo"']),
         (dpo, {"data.source": "jsonl"}, ['loss.name = "dpo" with data.source = "jsonl"']),
-        (distillation, {"data.source": "preference"}, ['data.source = "preference"', "DPO"]),
+        (distillation, {"data.source": "preference"}, ['data.source = "preference"', "dpo, ipo"]),
         (dpo, {"data.packing": "concat"}, ['data.packing = "concat"', "best_fit"]),
         (dpo, {"data.train_on": "all"}, ['data.train_on = "all"']),
+        (dpo, {"loss.name": "kto"}, ['loss.name = "kto"', 'data.source = "preference"']),
+        (dpo, {"loss.name": "orpo"}, ["loss.reference = ", '"dpo", "ipo" and "kto" read it']),
+        (dpo, {"loss.simpo_gamma": 1.0}, ["loss.simpo_gamma = 1.0", 'only "simpo" reads it']),
         (dpo, {"training.z_loss": 0.1}, ["training.z_loss = 0.1", "cross-entropy"]),
         (dpo, {"memory.stream_offload": "host"}, ['memory.stream_offload = "host"', '"none"']),
         (distillation, {"loss.teacher": ""}, ["loss.teacher is not set"]),

@@ -201,7 +201,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
     },
 }
 LOST = {
-    "arctic": ["scheduler.warmup_ratio", "model.save_name", "epochs"],
+    "arctic": ["scheduler.warmup_ratio", "model.save_name"],
     "accelerate": ["parallelism_config.parallelism_config_tp_size"],
     "axolotl": ["min_sample_len", "neftune_noise_alpha"],
     "torchtitan": ["parallelism.pipeline_parallel_degree"],
@@ -339,10 +339,14 @@ enable_float8_linear = true
         ),
         (
             "model: {name_or_path: m}\ndata: {sources: [a/b], filter_samples: false}",
-            {"data.path": "a/b", "data.long_documents": None, "training.seq_len": None},
             {
-                "epochs": "set training.steps",
-                "scheduler.warmup_ratio": "of all epochs",
+                "data.path": "a/b",
+                "data.long_documents": None,
+                "training.seq_len": None,
+                "training.epochs": 1,
+                "lr_scheduler.warmup_ratio": 0.1,
+            },
+            {
                 "data.max_length": "set training.seq_len (the default of ArcticTraining)",
                 "data.sources": "of a/b: its role_mapping: make each row a list of",
                 "data.filter_samples": "stay whole there",
@@ -392,11 +396,44 @@ enable_float8_linear = true
             },
             {},
         ),
-        (f"{CHATS}rl: kto", {"loss.name": None}, {"rl": "TRL's trainers in sequence parallelism"}),
-        (  # what else a data set has is named, and the data set stays
-            CHATS.replace("a,", "a, message_property_mappings: {role: from, content: value},"),
-            {"data.path": "a", "data.source": "chat"},
-            {"datasets": "of a: message_property_mappings: make each row a list of"},
+        (f"{CHATS}rl: gdpo", {"loss.name": None}, {"rl": "TRL's trainers in sequence parallelism"}),
+        (
+            f"{CHATS}rl: kto\nrl_beta: 0.2\nkto_desirable_weight: 2.0",
+            {"loss.name": "kto", "loss.beta": 0.2, "loss.desirable_weight": 2.0},
+            {"datasets": "of a: its fields: name them"},
+        ),
+        (
+            f"{CHATS}rl: simpo\nsimpo_gamma: 0.7",
+            {"loss.name": "simpo", "loss.simpo_gamma": 0.7, "data.source": "preference"},
+            {"rl": "cpo_alpha, 1 unless it is set"},
+        ),
+        (f"{CHATS}rl: orpo\norpo_alpha: 0.2", {"loss.name": "orpo", "loss.beta": 0.2}, {}),
+        (
+            f"{CHATS}saves_per_epoch: 1\nevals_per_epoch: 4".replace(
+                "max_steps: 50", "num_epochs: 3"
+            ),
+            {
+                "training.epochs": 3,
+                "training.steps": None,
+                "checkpoint.interval": "epoch",
+                "validation.interval": "0.25 epoch",
+                "lr_scheduler.warmup_ratio": 0.03,
+            },
+            {"warmup_ratio": "of at most 100 steps"},
+        ),
+        (  # other names of fields and roles
+            CHATS.replace(
+                "a,",
+                "a, message_property_mappings: {role: from, content: value}, "
+                "roles: {assistant: [gpt]},",
+            ),
+            {
+                "data.path": "a",
+                "data.source": "chat",
+                "data.message_fields": {"role": "from", "content": "value"},
+                "data.roles": {"gpt": "assistant"},
+            },
+            {},
         ),
         (
             CHATS.replace("a,", "a, message_property_mappings: {role: role}, chat_template: x,"),

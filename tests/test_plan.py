@@ -941,6 +941,37 @@ def test_what_a_run_needs_to_stop(settings, bytes_of_a_weight, seconds):
     assert grace_of(plan).seconds == 780
 
 
+def test_what_other_choices_make_of_a_run():
+    """Other lengths, links half as fast, another kernel and other settings: as if planned so."""
+    from titan_ulysses.plan.console import choice_lines, time_lines
+    from titan_ulysses.plan.run_cost import best_change, costs_at_lengths, half_as_fast, run_cost
+    from titan_ulysses.plan.search import with_settings
+
+    of_run = {"plan__tokens": 10**9, "plan__gpu_hour_price": 3.0}
+    two = {"parallelism__sequence_parallel_degree": 2}
+    plan = plan_of(**of_run, **two)
+    costs = dict(costs_at_lengths(plan))
+    assert list(costs) == [2048, 4096, 8192]
+    assert costs[4096] == run_cost(plan)
+    assert costs[8192] == run_cost(plan_of(training__seq_len=8192, **of_run, **two))
+    assert costs[2048].cost == 3 * costs[2048].gpu_hours < costs[4096].cost
+    # Only the exchange takes a link of a node here, and nothing hides it.
+    share = plan.time.parts["exchange"] / plan.time.seconds
+    slower = half_as_fast(plan)
+    assert slower == pytest.approx({"NVLink": share, "the network": 0, "PCIe to the host": 0})
+    assert any(f"half as fast: NVLink {share:+.1%}" in line for line in time_lines(plan))
+    lines = "\n".join(choice_lines(plan))
+    fa3 = plan_of(plan__attention_kernel="fa3", **two).time.seconds
+    assert f"with FlashAttention 3: {fa3 / plan.time.seconds - 1:+.1%}" in lines
+    changes, other = best_change(plan)
+    assert changes == {"activation_checkpoint.mode": "none"}
+    assert other.time.seconds < 0.9 * plan.time.seconds and "the setting that buys most" in lines
+    # Where the whole GPU is in use, nothing that fits is faster, and no longer sequence fits.
+    small = replace(plan.setup, gpu_memory=plan.gpu_bytes)
+    full = replace(plan, setup=with_settings(small, {}))
+    assert best_change(full) is None and dict(costs_at_lengths(full))[8192] is None
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

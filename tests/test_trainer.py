@@ -425,6 +425,11 @@ def schedule(**settings: Any) -> list[float]:
         ({"decay_type": "cosine", "steps": 2, "warmup_steps": 1}, [1, 1]),
         ({"decay_type": "cosine", "steps": 4, "warmup_steps": 4}, [0.25, 0.5, 0.75, 1]),
         ({"decay_type": "linear", "steps": 3, "warmup_steps": 2}, [0.5, 1, 1]),
+        (
+            {"decay_type": "sqrt", "steps": 5, "min_lr_ratio": 0.0},
+            [1, 0.5, 1 - 0.5**0.5, 1 - 0.75**0.5, 0],
+        ),
+        ({"decay_type": "linear", "steps": 6, "decay_ratio": 0.5}, [1, 1, 1, 1, 0.55, 0.1]),
     ],
     ids=str,
 )

@@ -58,8 +58,8 @@ BASELINE: tuple[str, dict[str, Any], float | None] = (
 """The run without any part of ALST, in which each GPU has a sequence of its own."""
 KERNELS = "fa2", "fa3"
 """FlashAttention 2, as in ALST's runs, and 3, which is faster on these GPUs."""
-LADDER = [32_000, 160_000, 1_100_000, 1_200_000, 2_400_000, 3_700_000, None, None]
-"""ALST's longest sequences, for the steps of `ladder` in `plan/search.py`. The last two are not
+LADDER = [32_000, 160_000, 1_100_000, 1_200_000, 2_400_000, 3_700_000, None, None, None]
+"""ALST's longest sequences, for the steps of `ladder` in `plan/search.py`. The last three are not
 ALST's.
 """
 QWEN = ROOT / "configs" / "qwen3_8b.toml"

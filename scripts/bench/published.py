@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import ROOT, parser_of
@@ -139,7 +138,9 @@ def plan_of(one: Measurement) -> Any:
     from titan_ulysses.config.load import load_config
     from titan_ulysses.plan.planner import make_plan, set_up
 
-    return make_plan(set_up(load_config(ROOT / "configs" / f"{one.config}.toml", one.settings.items())))
+    return make_plan(
+        set_up(load_config(ROOT / "configs" / f"{one.config}.toml", one.settings.items()))
+    )
 
 
 def compare(one: Measurement, plan: Any) -> list[dict[str, Any]]:

@@ -73,6 +73,8 @@ def _write_records(folder: Path) -> None:
     lines = "".join(json.dumps(record) + "\n" for _ in range(12))
     pair = {"prompt": "what is it? ", "chosen": "a tale", "rejected": "no", "best": "a fable"}
     (folder / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 8)
+    judged = {"prompt": "Count: ", "completion": "1 2 3", "label": True, "good": False}
+    (folder / "judged.jsonl").write_text((json.dumps(judged) + "\n") * 8)
     ids = [*b"the text", 256]
     token_record = {"input_ids": ids, "labels": 5 * [-100] + ids[5:]}
     (folder / "tokens.jsonl").write_text(12 * (json.dumps(token_record) + "\n"))
@@ -96,7 +98,8 @@ def _write_chats(folder: Path) -> None:
         {"role": "user", "content": "what is it?"},
         {"role": "assistant", "content": "a tale"},
     ]
-    chat = {"messages": messages, "conversation": 2 * messages, "functions": tools}
+    turns = [{"author": "user", "text": "what is it?"}, {"author": "agent", "text": "a tale"}]
+    chat = {"messages": messages, "conversation": 2 * messages, "functions": tools, "turns": turns}
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for _ in range(6)))
 
 

@@ -15,7 +15,7 @@ from titan_ulysses.checkpoint.manifest import Damage
 from titan_ulysses.checkpoint.state import first_difference
 from titan_ulysses.checkpoint.step_folder import RUN_FILE, read_run_file
 from titan_ulysses.checkpoint.storage import errors_of_all_ranks, open_checkpoint
-from titan_ulysses.config.schema import Config
+from titan_ulysses.config.schema import REFERRING, Config
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
 from titan_ulysses.model.freezing import fingerprint
@@ -54,7 +54,7 @@ def needs_initial_weights(config: Config, saved_steps: list[int]) -> bool:
     A resumed run with frozen parameters needs them too, because a checkpoint holds only what is
     trained, and so does one whose loss refers to them.
     """
-    refers = config.loss.name == "dpo" and not config.loss.reference
+    refers = config.loss.name in REFERRING and not config.loss.reference
     if config.lora.rank or config.model.freeze or refers or not config.checkpoint.enable:
         return True
     return not saved_steps

@@ -170,5 +170,7 @@ def _type_name(kind: Any) -> str:
         return "list of tables"
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
+    if kind is Any:
+        return "integer|number|text"
     names = {str: "text", int: "integer", float: "number", bool: "true|false", list: "list of text"}
     return (names | {tuple: "list of numbers"}).get(get_origin(kind) or kind, "table")

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
@@ -154,6 +155,25 @@ def _seconds_or_derived(value: float) -> float:
     return value
 
 
+def _interval(value: Any) -> int | float | str:
+    """Return steps as an int, a share of the run as a float, or "epoch" or "0.5 epoch"."""
+    shown = str(value).strip()
+    number = shown.removesuffix("epoch").strip()
+    try:
+        found = 1.0 if not number and shown else float(number)
+    except ValueError:
+        found = 0.0
+    if shown.endswith("epoch") and 0 < found <= 1e6:
+        return shown
+    if isinstance(value, bool) or not (0 < found < 1 or (found >= 1 and found == int(found))):
+        raise ValueError(
+            'needs a number of steps, a share of the run such as 0.1, "epoch", or "0.5 epoch"'
+        )
+    if found > 1e9:
+        raise ValueError("must be at most 1000000000")
+    return found if found < 1 else int(found)
+
+
 def _core_name(name: str) -> str:
     if name not in (*CORES, *RENAMED_CORES) and not _FUNCTION.fullmatch(name):
         raise ValueError(f"needs one of {', '.join(CORES)}, or package.module:function")
@@ -181,6 +201,8 @@ TileTokens = Annotated[int, Field(ge=-1, le=2**31 - 1), NamedValues({"auto": 0, 
 ChunkTokens = Annotated[int, Field(ge=-1, le=2**31 - 1), NamedValues({"auto": 0, "off": -1})]
 PositiveOrDerived = Annotated[int, AfterValidator(_positive_or_derived), NamedValues({"auto": -1})]
 SecondsOrDerived = Annotated[float, AfterValidator(_seconds_or_derived), NamedValues({"auto": -1})]
+Interval = Annotated[Any, BeforeValidator(_interval)]
+"""Steps (int), a share of the run (float), or "epoch": steps alone once they are counted."""
 Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Dtype = Literal["float64", "float32", "bfloat16"]
 

@@ -28,7 +28,7 @@ def path_problems(config: Config) -> list[str]:
     problems = [
         data_is_absent(setting, path)
         for setting, kind, path in sources
-        if kind in ("text", "jsonl") and path and not _is_there(path)
+        if (kind in ("text", "jsonl") or is_no_hub_name(path)) and path and not _is_there(path)
     ]
     for setting, path in {
         "model.path": config.model.path,
@@ -38,9 +38,14 @@ def path_problems(config: Config) -> list[str]:
         "loss.teacher": config.loss.teacher,
     }.items():
         # Anything else may be the name of a model on the hub.
-        if path.startswith(("/", "./", "../")) and not _is_there(path):
+        if is_no_hub_name(path) and not _is_there(path):
             problems.append(f"{setting} = {to_toml(path)}: no such folder")
     return problems
+
+
+def is_no_hub_name(path: str) -> bool:
+    """Return whether a path can be nothing but a file or folder: no hub is asked for it."""
+    return path.startswith(("/", "./", "../")) or path in (".", "..")
 
 
 def data_is_absent(setting: str, path: str) -> str:
@@ -52,6 +57,8 @@ def data_is_absent(setting: str, path: str) -> str:
 
 
 def _is_there(path: str) -> bool:
+    if "://" in path:  # looked for when it is read
+        return True
     try:
         return Path(path).exists() or next(iglob(path, recursive=True), None) is not None
     except OSError:  # a name that is too long

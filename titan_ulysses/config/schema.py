@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from titan_ulysses.config.fields import (
@@ -23,6 +23,7 @@ from titan_ulysses.config.fields import (
     Excludes,
     FolderName,
     FolderOfRun,
+    Interval,
     NamedValues,
     Needs,
     PathText,
@@ -53,9 +54,21 @@ _PACKED = (
     '{this}: only data.packing = "concat" with data.long_documents = "split" can pack documents '
     "that are not known yet; set both, or streaming = false"
 )
+MOST_STEPS = 10**9
+"""More than any run takes."""
+PAIRED = ("dpo", "ipo", "simpo", "orpo")
+"""Losses of pairs of completions."""
+PREFERENCES = (*PAIRED, "kto")
+"""Losses of whole completions."""
+REFERRING = ("dpo", "ipo", "kto")
+"""Those that compare the model with a frozen reference."""
 _PAIRS = (
-    "{other} with {this}: DPO, and nothing else, is trained on pairs of completions. Set both "
-    'loss.name = "dpo" and {name} = "preference", or neither'
+    "{other} with {this}: dpo, ipo, simpo and orpo, and nothing else, are trained on pairs of "
+    'completions. Set loss.name to one of them and {name} = "preference", or neither'
+)
+_JUDGED = (
+    "{other} with {this}: KTO, and nothing else, is trained on completions with a label. Set both "
+    'loss.name = "kto" and {name} = "unpaired", or neither'
 )
 _UNREAD_TEACHER = (
     '{this} with {other}: it would have no effect. Set it to 0, or set loss.name = "distillation" '
@@ -75,13 +88,15 @@ def _read_from(*kinds: str) -> Needs:
     )
 
 
-def _read_by(loss: str) -> Needs:
-    """Return the rule of a key that only one loss has."""
+def _read_by(*losses: str) -> Needs:
+    """Return the rule of a key that only some losses have."""
+    *others, last = (f'"{loss}"' for loss in losses)
+    readers = f"{', '.join(others)} and {last} read" if others else f"{last} reads"
     return Needs(
         "name",
-        loss,
-        text=f'{{this}} with {{other}}: only "{loss}" reads it. Set {{other_name}} = "{loss}", or '
-        "{name} to its default, {default}",
+        *losses,
+        text=f"{{this}} with {{other}}: only {readers} it. Set {{other_name}}, or {{name}} to its "
+        "default, {default}",
     )
 
 
@@ -94,8 +109,8 @@ _WITH_ADAPTERS = Needs(
 _WITHOUT_SETS = Excludes(
     "sets", text='{this} and [[validation.sets]] are both set: clear one, with {name} = ""'
 )
-_FROM_FILES = _read_from("text", "jsonl", "chat", "preference", "tokens")
-_DATA_SETS = ("hf", "chat", "preference", "tokens")
+_FROM_FILES = _read_from("text", "jsonl", "chat", "preference", "unpaired", "tokens")
+_DATA_SETS = ("hf", "chat", "preference", "unpaired", "tokens")
 """Kinds of sources that can be data sets, which have configurations and splits."""
 _FROM_A_DATA_SET = _read_from(*_DATA_SETS)
 
@@ -242,27 +257,30 @@ def _is_read(source: SourceSettings) -> bool:
     return not getattr(source, "mixture", None)
 
 
-def _is_no_pair(source: SourceSettings) -> bool:
-    return source.source != "preference"
+def _is_no_preference(source: SourceSettings) -> bool:
+    return source.source not in ("preference", "unpaired")
 
 
 _NO_PAIRS = ("text", "jsonl", "hf", "chat", "tokens")
-"""Kinds of sources whose rows are no pairs of completions."""
+"""Kinds of sources whose rows are no pairs of completions, and no completions with a label."""
 
 
 class SourceSettings(Section):
     """The keys of one source of documents: [data] itself, or an entry of [[data.mixture]]."""
 
-    source: Literal["text", "jsonl", "hf", "chat", "tokens", "preference"] = setting(
+    source: Literal["text", "jsonl", "hf", "chat", "tokens", "preference", "unpaired"] = setting(
         "text",
-        Needs("loss.name", "dpo", of=("preference",), text=_PAIRS, where=_is_read),
-        Excludes("loss.name", "dpo", of=_NO_PAIRS, text=_PAIRS, where=_is_read),
+        Needs("loss.name", *PAIRED, of=("preference",), text=_PAIRS, where=_is_read),
+        Excludes("loss.name", *PAIRED, of=_NO_PAIRS, text=_PAIRS, where=_is_read),
+        Needs("loss.name", "kto", of=("unpaired",), text=_JUDGED, where=_is_read),
+        Excludes("loss.name", "kto", of=_NO_PAIRS, text=_JUDGED, where=_is_read),
     )
     """Kind of data. text: each file is a document. jsonl: each line of JSON lines, or row of
     parquet, is one. hf: each row of a Hugging Face data set is one. chat: each row is a
     conversation with a list of messages. tokens: each row has input_ids, or the files are
     Megatron's .bin and .idx. preference: each row is a prompt with a chosen and a rejected
-    completion, as texts or lists of messages.
+    completion, as texts or lists of messages. unpaired: each is a prompt with a completion and a
+    label, true where the completion is good.
     """
     path: PathText = ""
     """File, folder, file pattern or name of a data set. ~, $VARS and {stdlib} (the folder of
@@ -270,8 +288,8 @@ class SourceSettings(Section):
     """
     extensions: list[str] = setting([], _FROM_FILES)
     """Extensions of the files of a folder that are read. Empty: .txt for text; .jsonl, .json (also
-    with .gz or .zst) and .parquet for jsonl, chat and preference; .jsonl, .parquet, .arrow and .idx
-    for tokens.
+    with .gz or .zst) and .parquet for jsonl, chat, preference and unpaired; .jsonl, .parquet,
+    .arrow and .idx for tokens.
     """
     encoding: str = setting(
         "utf-8",
@@ -282,7 +300,7 @@ class SourceSettings(Section):
             text='{this} with {other}: raw bytes need {other_name} = "bytes"',
         ),
         Needs("source", "text", of=("bytes",), text="{this} with {other}: JSON is text"),
-        _read_from("text", "jsonl", "chat", "preference"),
+        _read_from("text", "jsonl", "chat", "preference", "unpaired"),
         min_length=1,
     )
     """Text encoding of files. "bytes": read text files as raw bytes, which needs model.tokenizer =
@@ -292,35 +310,54 @@ class SourceSettings(Section):
     """jsonl, hf: name of the field that holds the text."""
     prompt_field: str = setting(
         "",
-        Needs("completion_field", text=_INCOMPLETE, where=_is_no_pair),
-        _read_from("jsonl", "hf", "preference"),
+        Needs("completion_field", text=_INCOMPLETE, where=_is_no_preference),
+        _read_from("jsonl", "hf", "chat", "preference", "unpaired"),
     )
     """jsonl, hf: name of the field with a prompt, which is not trained on unless train_on is all.
-    Set it together with completion_field, instead of text_field. preference: name of the field with
-    the prompt. Empty: prompt.
+    Set it together with completion_field, instead of text_field. chat: the same, in place of a list
+    of messages. preference, unpaired: name of the field with the prompt. Empty: prompt.
     """
     completion_field: str = setting(
-        "", Needs("prompt_field", text=_INCOMPLETE, where=_is_no_pair), _read_from("jsonl", "hf")
+        "",
+        Needs("prompt_field", text=_INCOMPLETE, where=_is_no_preference),
+        _read_from("jsonl", "hf", "chat", "unpaired"),
     )
-    """jsonl, hf: name of the field with the text that follows the prompt, which is trained on."""
+    """jsonl, hf, chat: name of the field with the text after the prompt, which is trained on.
+    unpaired: name of the field with the completion. Empty: completion.
+    """
     chosen_field: str = setting("chosen", _read_from("preference"), min_length=1)
     """preference: name of the field with the completion that is preferred."""
     rejected_field: str = setting("rejected", _read_from("preference"), min_length=1)
     """preference: name of the field with the completion that is not preferred."""
+    label_field: str = setting("label", _read_from("unpaired"), min_length=1)
+    """unpaired: name of the field that says whether the completion is good, true or false."""
     messages_field: str = setting("messages", _read_from("chat"), min_length=1)
-    """chat: name of the field with the list of messages."""
+    """chat: name of the field with the list of messages. At its default, rows of ShareGPT
+    (conversations) and Alpaca (instruction, input and output) are read too.
+    """
+    message_fields: dict[str, str] = setting({}, _read_from("chat"))
+    """chat: other names of the fields of a message, such as {content = "text", reasoning_content =
+    "thoughts"}. Those of ShareGPT, from and value, are known.
+    """
+    roles: dict[str, str] = setting({}, _read_from("chat"))
+    """chat: other names of roles, such as {customer = "user", agent = "assistant"}. Those of
+    ShareGPT, such as human and gpt, are known.
+    """
     tools_field: str = setting("tools", _read_from("chat"), min_length=1)
     """chat: name of the field with the list of tools, which may be missing from a row."""
-    train_on: Literal["assistant", "all"] = setting(
+    train_on: Literal["assistant", "last", "all"] = setting(
         "assistant",
+        Needs("source", "chat", of=("last",), text="{this} with {other}: only chats have turns"),
         Excludes(
             "source",
             "preference",
+            "unpaired",
             text="{this} with {other}: the loss is of the completions. Set it to {default}",
         ),
     )
     """Which tokens of chats, prompts and token data are trained on. assistant: the assistant's
-    turns, the completions, and the tokens that have labels. all: every token.
+    turns, the completions, and the tokens that have labels. last: the assistant's last turn. all:
+    every token.
     """
     teacher_top_k: int = setting(
         0,
@@ -339,11 +376,9 @@ class SourceSettings(Section):
     teacher_log_probs, for loss.name = "distillation". 0: none.
     """
     subset: str = setting("", _FROM_A_DATA_SET)
-    """hf, chat, tokens, preference: configuration of the data set. Empty: its default
-    configuration.
-    """
+    """All but text and jsonl: configuration of the data set. Empty: its default configuration."""
     split: str = setting("train", _FROM_A_DATA_SET, min_length=1)
-    """hf, chat, tokens, preference: split of the data set."""
+    """All but text and jsonl: split of the data set."""
     streaming: bool = setting(
         False,
         Needs("source", "hf", "chat", "tokens", text='{this} with {other}: set source = "hf"'),
@@ -385,9 +420,9 @@ class Data(SourceSettings):
         "concat",
         Excludes(
             "loss.name",
-            "dpo",
+            *PREFERENCES,
             of=("concat",),
-            text="{other} with {this}: it would cut pairs of completions. Set {name} = "
+            text="{other} with {this}: it would cut completions. Set {name} = "
             '"best_fit", or "none" for one pair in a sequence',
         ),
     )
@@ -412,8 +447,18 @@ class Training(Section):
     """Sequences in one optimizer step. auto (-1): local_batch_size x data-parallel degree. A larger
     multiple of that accumulates gradients.
     """
-    steps: int = Field(1000, ge=1, le=10**9)
-    """Number of optimizer steps. Raise it to continue a finished run."""
+    steps: int = Field(1000, ge=1, le=MOST_STEPS)
+    """Number of optimizer steps, at most where epochs is set, which has no other default then.
+    Raise it to continue a finished run.
+    """
+    epochs: float = Field(0.0, ge=0, le=1e6)
+    """End the run after so many passes over the data; of a mixture, over its largest source. 0:
+    after training.steps.
+    """
+    max_hours: float = Field(0.0, ge=0, le=1e6)
+    """Hours after the start of the process at which it saves a checkpoint and ends, as after a
+    SIGTERM. 0: no limit.
+    """
     seed: int = Field(0, ge=0, le=2**63 - 1)
     """Seed of the initial weights and of the order of the data."""
     max_norm: float = Field(1.0, ge=0, allow_inf_nan=True)
@@ -452,21 +497,43 @@ class Training(Section):
     repeated run gives the same bits.
     """
 
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_set_the_end(cls, table: Any) -> Any:
+        if isinstance(table, dict) and table.get("epochs") and "steps" not in table:
+            return table | {"steps": MOST_STEPS}
+        return table
+
 
 class Loss(Section):
-    name: Literal["cross_entropy", "dpo", "distillation"] = "cross_entropy"
-    """cross_entropy: next-token prediction. dpo: sigmoid DPO on pairs of completions, read by
-    data.source = "preference". distillation: the KL divergence from a teacher.
+    name: Literal["cross_entropy", "dpo", "ipo", "simpo", "orpo", "kto", "distillation"] = (
+        "cross_entropy"
+    )
+    """cross_entropy: next-token prediction. dpo, ipo, simpo, orpo: preferences in pairs of
+    completions, read by data.source = "preference". kto: completions that are good or bad, read by
+    "unpaired". distillation: the KL divergence from a teacher.
     """
-    beta: float = setting(0.1, _read_by("dpo"), gt=0, le=1e3)
-    """dpo: strength of the penalty that keeps the model close to the reference."""
-    reference: PathText = setting("", _read_by("dpo"))
-    """dpo: folder or hub name of the frozen reference model. Empty: the weights that the run begins
-    with, which with LoRA are the model without its adapters.
+    label_smoothing: float = setting(0.0, _read_by("cross_entropy", "dpo", "simpo"), ge=0, lt=1)
+    """cross_entropy: share of the mean over the vocabulary in the loss of each label. dpo, simpo:
+    probability that a pair is the wrong way round.
     """
-    precompute_reference: bool = setting(False, _read_by("dpo"))
-    """dpo: compute the log-probabilities of the reference once, before the first step, for all
-    pairs. The steps then hold no reference model.
+    beta: float = setting(0.1, _read_by(*PREFERENCES), gt=0, le=1e3)
+    """dpo, ipo, kto: strength of the penalty that keeps the model close to the reference. simpo:
+    scale of the rewards. orpo: weight of the odds ratio beside the cross-entropy.
+    """
+    simpo_gamma: float = setting(0.5, _read_by("simpo"), ge=0, le=1e3)
+    """simpo: margin between the rewards of the two completions that is aimed at."""
+    desirable_weight: float = setting(1.0, _read_by("kto"), ge=0, le=1e3)
+    """kto: weight of the loss of good completions."""
+    undesirable_weight: float = setting(1.0, _read_by("kto"), ge=0, le=1e3)
+    """kto: weight of the loss of bad completions."""
+    reference: PathText = setting("", _read_by(*REFERRING))
+    """dpo, ipo, kto: folder or hub name of the frozen reference model. Empty: the weights that the
+    run begins with, which with LoRA are the model without its adapters.
+    """
+    precompute_reference: bool = setting(False, _read_by(*REFERRING))
+    """dpo, ipo, kto: compute the log-probabilities of the reference once, before the first step,
+    for all rows. The steps then hold no reference model.
     """
     teacher: PathText = setting("", _read_by("distillation"))
     """distillation: folder or hub name of the teacher, of the same vocabulary. Empty: its
@@ -662,18 +729,51 @@ class Optimizer(Section):
 
 class LRScheduler(Section):
     warmup_steps: int = Field(0, ge=0, le=10**9)
-    """Steps of linear warmup, before the decay."""
-    decay_type: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape of the learning rate after the warmup."""
+    """Steps of linear warmup, before the decay. A shorter run has that of all its steps."""
+    warmup_ratio: float = setting(
+        0.0,
+        Excludes("warmup_steps", text="{this} and {other} are both set: set one of them to 0"),
+        ge=0,
+        le=1,
+    )
+    """Steps of linear warmup as a share of the run."""
+    decay_type: Literal["constant", "linear", "cosine", "sqrt", "inverse_sqrt"] = "cosine"
+    """Shape of the learning rate after the warmup. sqrt: 1 - sqrt of the share of the decay that is
+    done. inverse_sqrt: 1 / sqrt of the steps, counted in warmups (without one, in 10,000).
+    """
+    decay_ratio: float = setting(
+        1.0,
+        Excludes(
+            "decay_type",
+            "constant",
+            "inverse_sqrt",
+            text="{this} with {other}: there is no decay that could begin later. Set {other_name} "
+            'to "linear", "cosine" or "sqrt", or {name} to 1',
+        ),
+        gt=0,
+        le=1,
+    )
+    """Share of the run, at its end, in which the learning rate decays. Before that it is constant
+    (WSD). 1: it decays from the end of the warmup.
+    """
+    cycles: int = setting(
+        1,
+        Needs("decay_type", "cosine", text="{this} with {other}: only cosine has restarts"),
+        ge=1,
+        le=10**6,
+    )
+    """cosine: number of times that the learning rate falls from its peak, at which it restarts."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
-    """Learning rate at the end of the decay, as a fraction of optimizer.lr."""
+    """Learning rate at the end of the decay, as a fraction of optimizer.lr. inverse_sqrt: never
+    less than that.
+    """
 
 
 class Checkpoint(Section):
     enable: bool = True
     """Save checkpoints, and resume from the newest one when the run is started again."""
-    interval: int = Field(500, ge=1, le=10**9)
-    """Steps between checkpoints."""
+    interval: Interval = 500
+    """Steps between checkpoints; or a share of the run (0.1), "epoch", or "0.5 epoch"."""
     async_mode: Literal["disabled", "async"] = "disabled"
     """async: a checkpoint is copied to host memory, and written while the next steps run. One is in
     flight at most; the last one is finished before the run ends. It takes host memory for the copy.
@@ -726,8 +826,8 @@ class ValidationSet(SourceSettings):
 class Validation(Section):
     enable: bool = False
     """Compute the loss on held-out data: before the first step, during training and at the end."""
-    interval: int = Field(100, ge=1, le=10**9)
-    """Training steps between validations."""
+    interval: Interval = 100
+    """Steps between validations; or a share of the run (0.1), "epoch", or "0.5 epoch"."""
     steps: int = Field(10, ge=0, le=10**9)
     """Global batches in one validation, spread evenly over the held-out data. 0: all of the data.
     """
@@ -746,7 +846,7 @@ class Validation(Section):
             where=lambda validation: validation.enable,
         ),
     )
-    """hf, chat, tokens, preference: split with the held-out data. Empty: data.split."""
+    """All but text and jsonl: split with the held-out data. Empty: data.split."""
     sets: list[ValidationSet] = []
     """Several named sets in place of validation.path: tables [[validation.sets]], each with a name,
     the keys of a source in [data], and a packing.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from titan_ulysses.config.schema import Config
+from titan_ulysses.config.schema import PREFERENCES, Config
 from titan_ulysses.config.toml import to_toml
 from titan_ulysses.distributed.errors import UserError
 
@@ -137,17 +137,12 @@ def _accumulation_steps(config: Config, degrees: tuple[int, int, int]) -> tuple[
 
 
 def _training_problems(config: Config, sequence: int) -> list[str]:
-    training, warmup_steps, problems = config.training, config.lr_scheduler.warmup_steps, []
+    training, problems = config.training, []
     if training.seq_len % sequence:
         longer = -(-training.seq_len // sequence) * sequence
         problems.append(
             f"training.seq_len = {training.seq_len} is not a multiple of "
             f"parallelism.sequence_parallel_degree = {sequence}: set training.seq_len = {longer}"
-        )
-    if warmup_steps > training.steps:
-        problems.append(
-            f"lr_scheduler.warmup_steps = {warmup_steps} is more than training.steps = "
-            f"{training.steps}: lower the first or raise the second"
         )
     return problems
 
@@ -187,9 +182,10 @@ def _model_problems(config: Config, model_config: Any, num_token_ids: int) -> li
             f"activation_checkpoint.every = {every} is more than the model's {layers} layers: set "
             f"it to {layers} or less"
         )
-    if config.loss.name == "dpo" and value("output_router_logits"):
+    if config.loss.name in PREFERENCES and value("output_router_logits"):
         problems.append(
-            f'loss.name = "dpo" has no router loss: set {setting("output_router_logits")} to false'
+            f'loss.name = "{config.loss.name}" has no router loss: set '
+            f"{setting('output_router_logits')} to false"
         )
     vocab_size, dropout = value("vocab_size"), value("attention_dropout")
     heads, kv_heads = value("num_attention_heads"), value("num_key_value_heads")

@@ -25,7 +25,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from titan_ulysses.config.schema import SourceSettings
-from titan_ulysses.data.corpus import COLUMNS, Corpus, CorpusStats, columns_of
+from titan_ulysses.data.corpus import (
+    COLUMNS,
+    Corpus,
+    CorpusStats,
+    columns_of,
+    with_other_completions,
+)
 from titan_ulysses.data.encoding import Encoder, encode_rows, size_of
 from titan_ulysses.data.files import section_of
 from titan_ulysses.data.megatron import find_megatron, read_megatron
@@ -42,7 +48,7 @@ SMALL_CHARACTERS = 2**23
 starting worker processes, and the corpus takes little memory.
 """
 _LAYOUT = 2  # version of the file layout; part of the cache key
-_MESSAGES = 2  # version of how messages are read; part of the key of those that have some
+_MESSAGES = 3  # version of how messages are read; part of the key of those that have some
 _BLOCK = 2**22
 _OLD_SECONDS = 86_400.0
 
@@ -88,6 +94,8 @@ def _read(
     workers = usable_cores() if is_large and source.source != "tokens" else 1
     encoded = encode_rows(chain(head, reading), encoder, workers=workers)
     documents = stats.keep(encoded, setting=setting, skip=skip)
+    if source.source == "unpaired":
+        documents = with_other_completions(documents, setting=setting)
     if not is_large:
         return Corpus.from_documents(documents), stats
     parts = (
@@ -95,7 +103,7 @@ def _read(
         rows.fingerprint(),
         encoder.fingerprint(),
         source.model_dump(exclude={"path", "weight"}),
-        *([_MESSAGES] if source.source in ("chat", "preference") else []),
+        *([_MESSAGES] if source.source in ("chat", "preference", "unpaired") else []),
     )
     key = blake2b(repr(parts).encode(), digest_size=16).hexdigest()
     cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

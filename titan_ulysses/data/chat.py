@@ -34,7 +34,7 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, *, train_on: str) ->
             "take the tokenizer of the family's instruct model, or put a chat_template.jinja into "
             "the tokenizer's folder"
         )
-    if train_on == "assistant" and not tokenizer.is_fast:
+    if train_on != "all" and not tokenizer.is_fast:
         raise UserError(
             f'model.tokenizer = "{name}" is not a fast tokenizer, so the '
             "assistant's tokens cannot be located: use a fast one (tokenizer.json), or set "
@@ -56,7 +56,7 @@ def encode_chat(
     """Return (ids [tokens], trained [tokens] bool, lengths of the samples) of one chat.
 
     `trained` marks the tokens that are trained on. With train_on = "all" it is None: every token
-    of the whole chat is. With "assistant" it marks what the assistant wrote, in the turns that the
+    of the whole chat is. Otherwise it marks what the assistant wrote, in the turns that the
     chat trains on. A token is trained on if any of its characters is.
 
     A turn is trained as the model sees it: with the messages before it rendered as they are when

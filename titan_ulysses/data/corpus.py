@@ -53,6 +53,8 @@ class Corpus:
     completion of each pair; None: they were not computed before training."""
     teacher: np.ndarray | None = None
     """[tokens, k] TOP: a teacher's largest log-probabilities of each token; None: none."""
+    desirable: np.ndarray | None = None
+    """[documents] bool: whether the first completion of each pair is desirable; None: not known"""
 
     @classmethod
     def from_documents(cls, documents: Iterable[np.ndarray | Encoded]) -> Corpus:
@@ -72,7 +74,8 @@ class Corpus:
             columns.setdefault(name, []).append(array)
         whole = {name: np.concatenate(arrays) for name, arrays in columns.items()}
         corpus, hasher = cls.from_columns(whole, content=""), xxhash.xxh3_128()
-        for part in (corpus.tokens, corpus.ends, corpus.trained, corpus.splits, corpus.teacher):
+        parts = (corpus.tokens, corpus.ends, corpus.trained, corpus.splits, corpus.teacher)
+        for part in (*parts, corpus.desirable):
             if part is not None:
                 hasher.update(np.ascontiguousarray(part).view(np.uint8).data)
         return replace(corpus, content=hasher.hexdigest())
@@ -91,6 +94,7 @@ class Corpus:
             content=content,
             splits=columns.get("splits"),
             teacher=teacher,
+            desirable=columns.get("desirable"),
         )
 
     def __len__(self) -> int:
@@ -120,6 +124,7 @@ class Corpus:
             document_ids=document_ids[documents],
             splits=None if self.splits is None else self.splits[documents],
             reference=None if self.reference is None else self.reference[documents],
+            desirable=None if self.desirable is None else self.desirable[documents],
         )
 
     def numbers_at(self, places: Sequence[int]) -> list[int]:
@@ -152,6 +157,7 @@ class Corpus:
 
 
 COLUMNS = {"lengths": np.int64, "trained": bool, "splits": np.int64, "teacher": TOP}
+COLUMNS |= {"desirable": bool}
 """The dtypes of a corpus' columns. That of its tokens is as narrow as their ids allow."""
 
 
@@ -176,7 +182,38 @@ def columns_of(rows: Iterable[Encoded]) -> Iterator[tuple[str, np.ndarray]]:
             yield "splits", np.array([row.split], dtype=np.int64)
         if row.teacher is not None:
             yield "teacher", row.teacher
+        if row.desirable is not None:
+            yield "desirable", np.array([row.desirable])
         tokens += count
+
+
+def with_other_completions(rows: Iterable[Encoded], *, setting: str) -> Iterator[Encoded]:
+    """Yield each row with a second document: its prompt, and the completion of the row after it.
+
+    That of the last row is the completion of the first. KTO estimates from them how far the model
+    has moved from the reference. (TRL 1.16 takes the row before, within a batch.) `split` of a row
+    is where its completion begins, and of what is yielded where the second document begins.
+    """
+    first = row = None
+    for following in rows:
+        if row is not None:
+            yield _beside(row, following)
+        first, row = first or following, following
+    if row is first:
+        raise UserError(
+            f"{setting}: KTO compares a completion with that of another row, and there is no other "
+            "one: give at least 2 rows"
+        )
+    assert row is not None and first is not None
+    yield _beside(row, first)
+
+
+def _beside(row: Encoded, other: Encoded) -> Encoded:
+    arrays = [
+        np.concatenate([mine, mine[: row.split], others[other.split :]])
+        for mine, others in ((row.ids, other.ids), (row.trained, other.trained))
+    ]
+    return row._replace(ids=arrays[0], trained=arrays[1], split=len(row.ids))
 
 
 @dataclass

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from multiprocessing import get_context, parent_process
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from titan_ulysses.data.records import (
     Chat,
     Completion,
     Encoded,
+    Judged,
     Preference,
     RefusedRow,
     Row,
@@ -69,12 +70,16 @@ class Encoder:
             )
         return encoded
 
-    def _encode(self, content: str | bytes | Completion | Chat | Preference | Encoded) -> Encoded:
+    def _encode(
+        self, content: str | bytes | Completion | Chat | Preference | Judged | Encoded
+    ) -> Encoded:
         tokenizer = self.tokenizer
         if isinstance(content, Encoded):
             return self._checked(content)
         if isinstance(content, Preference):
             return self._pair(content)
+        if isinstance(content, Judged):
+            return self._judged(content)
         if isinstance(content, Chat):
             ids, trained, lengths = encode_chat(tokenizer, content, train_on=self.train_on)
             return Encoded(ids, trained, lengths, parsed_calls=content.parsed_calls)
@@ -91,18 +96,32 @@ class Encoder:
 
     def _pair(self, pair: Preference) -> Encoded:
         """Encode the prompt with the chosen completion, and behind it with the rejected one."""
-        found = []
-        for name, completion in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-            if not completion:
-                raise RefusedRow(f"the {name} completion is empty")
-            if isinstance(completion, str):
-                found.append(self._completion(pair.prompt, completion))
-            else:
-                found.append(encode_answer(self.tokenizer, pair.prompt, completion))
-            if not found[-1][1][1:].any():  # the first token of a document is never a label
-                raise RefusedRow(f"nothing of the {name} completion can be predicted")
+        found = [
+            self._answer(pair.prompt, pair.chosen, "chosen completion"),
+            self._answer(pair.prompt, pair.rejected, "rejected completion"),
+        ]
         ids, trained = map(np.concatenate, zip(*found, strict=True))
         return Encoded(ids, trained, split=len(found[0][0]), parsed_calls=pair.parsed_calls)
+
+    def _judged(self, row: Judged) -> Encoded:
+        ids, trained = self._answer(row.prompt, row.completion, "completion")
+        begins = int(trained.argmax())
+        if not begins:
+            raise RefusedRow("its prompt has no token, and KTO needs prompts")
+        calls = row.parsed_calls
+        return Encoded(ids, trained, split=begins, parsed_calls=calls, desirable=row.desirable)
+
+    def _answer(self, prompt: Any, completion: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of a prompt and a completion, and which of them are the completion's."""
+        if not completion:
+            raise RefusedRow(f"the {name} is empty")
+        if isinstance(completion, str):
+            ids, trained = self._completion(prompt, completion)
+        else:
+            ids, trained = encode_answer(self.tokenizer, prompt, completion)
+        if not trained[1:].any():  # the first token of a document is never a label
+            raise RefusedRow(f"nothing of the {name} can be predicted")
+        return ids, trained
 
     def _checked(self, tokens: Encoded) -> Encoded:
         """Return tokens that exist already. Raise `RefusedRow` for one outside the vocabulary."""
@@ -192,7 +211,7 @@ def size_of(row: Row | BadRow) -> int:
     content = row.content if isinstance(row, Row) else ""
     if isinstance(content, Chat):
         return sum(len(str(message.get("content", ""))) for message in content.messages)
-    if isinstance(content, Preference):
+    if isinstance(content, Preference | Judged):
         return len(str(content))
     if isinstance(content, Encoded):
         return len(content.ids) + (0 if content.teacher is None else content.teacher.size)

@@ -53,12 +53,21 @@ class Batch:
     """[2 * pairs] fp64, the reference's log-probabilities of the completions of all rows, if they
     were computed before training (train/references.py).
     """
+    desirable: Tensor | None = None
+    """[pairs] bool, of all rows: whether their first completion is desirable (KTO)."""
     loss_inputs: dict[str, Tensor] = field(default_factory=dict)
     """[B, T, ...] each: what the loss reads of each label, by name."""
+    fill_rows: int = 0
+    """The last rows that only fill up the batch: they have no labels."""
+
+    @property
+    def filled(self) -> Documents:
+        """The document lengths of the rows that count."""
+        return self.documents[: len(self.documents) - self.fill_rows]
 
     def inputs(self) -> dict[str, Any]:
         """Return the arguments of the model's forward: what is there, without that of the loss."""
-        of_loss = ("reference", "loss_inputs")
+        of_loss = ("reference", "desirable", "loss_inputs", "fill_rows")
         return {k: x for k, x in vars(self).items() if x is not None and k not in of_loss}
 
     def local(self, *, rank: int, degree: int, stream_chunk_tokens: int) -> Batch:
@@ -83,8 +92,10 @@ class Batch:
             )
         chunk_tokens = chunk_length(stream_chunk_tokens, whole.input_ids.shape[1], degree)
         cut = partial(local_slice, rank=rank, degree=degree, chunk_tokens=chunk_tokens)
-        local = replace(whole, reference=None, chunk_tokens=chunk_tokens)._each_tensor(cut)
-        return replace(local, reference=self.reference)
+        # Those of pairs have no tokens to cut.
+        whole = replace(whole, reference=None, desirable=None, chunk_tokens=chunk_tokens)
+        local = whole._each_tensor(cut)
+        return replace(local, reference=self.reference, desirable=self.desirable)
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy the tensors of the batch to `device`; to a GPU without making the host wait."""
@@ -207,11 +218,12 @@ class Loader:
         assert 0 < len(indices) <= self.batch_size * self.batch_degree, len(indices)
         first = self.batch_rank * self.batch_size
         rows = [self._checked(i) for i in indices[first : first + self.batch_size]]
-        if missing := self.batch_size - len(rows):
+        missing = self.batch_size - len(rows)
+        if missing:
             row = self._checked(indices[0])
             unlabelled = torch.full_like(row.labels, IGNORE_INDEX)
             rows += [row._replace(labels=unlabelled, padding=len(row.labels))] * missing
-        return self._batch(rows)
+        return replace(self._batch(rows), fill_rows=missing)
 
     def _batch(self, rows: list[PackedSample]) -> Batch:
         """Return this rank's slice of whole sequences."""
@@ -219,6 +231,7 @@ class Loader:
         for row in rows:
             self._hash.update(row.input_ids.numpy())
         references = [row.reference for row in rows if row.reference is not None]
+        desirable = [row.desirable for row in rows if row.desirable is not None]
         mask = None
         if any(row.padding for row in rows):
             tokens = torch.tensor([len(row.labels) - row.padding for row in rows])
@@ -230,6 +243,7 @@ class Loader:
             documents=tuple(row.document_lengths for row in rows),
             attention_mask=mask,
             reference=torch.cat(references) if references else None,
+            desirable=torch.cat(desirable) if desirable else None,
             loss_inputs={
                 name: torch.stack([row.loss_inputs[name] for row in rows])
                 for name in rows[0].loss_inputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from fractions import Fraction
 from itertools import accumulate
 from typing import Any
 
@@ -91,6 +92,17 @@ class MixedSequences(CombinedSequences):
 
     def epochs(self, consumed: int) -> dict[str, Any]:
         return {name: part.epochs(count) for name, part, count in self._each(consumed)}
+
+    def sequences_per_epoch(self) -> Fraction | None:
+        found = self._parts[self.source_names.index(self.largest())].sequences_per_epoch()
+        share = Fraction(self.weights[self.source_names.index(self.largest())])
+        return None if found is None else found / share
+
+    def largest(self) -> str:
+        sizes = [part.sequences_per_epoch() for part in self._parts]
+        if None in sizes:  # it is streamed
+            return self.source_names[sizes.index(None)]
+        return max(zip(sizes, self.source_names, strict=True))[1]
 
     def describe(self) -> str:
         lines = [

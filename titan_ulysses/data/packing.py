@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections.abc import Iterable
+from fractions import Fraction
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -44,6 +45,8 @@ class PackedSample(NamedTuple):
     """the lengths of the pieces, with padding as the last piece; their sum is S"""
     reference: torch.Tensor | None = None
     """[2 * pairs] fp64: the reference's log-probabilities of the completions; None: not known"""
+    desirable: torch.Tensor | None = None
+    """[pairs] bool: whether the first completion of each pair is desirable; None: not known"""
     loss_inputs: dict[str, torch.Tensor] = {}  # noqa: RUF012  a default that nobody changes
     """[S, ...] each: what the loss reads besides the labels, by name (see `teacher_of_labels`)"""
     padding: int = 0
@@ -186,6 +189,17 @@ class SampleStream:
         """
         raise NotImplementedError
 
+    def sequences_per_epoch(self) -> Fraction | None:
+        """Return the sequences after which the data, or its largest source, has been read once.
+
+        None if that is not known, as of streamed data.
+        """
+        return None
+
+    def largest(self) -> str:
+        """Return the name of the largest source of a mixture."""
+        return ""
+
     def describe(self) -> str:
         """Describe the stream in one or a few lines."""
         raise NotImplementedError
@@ -289,6 +303,9 @@ class PackedSequences(CorpusSequences):
     def epochs(self, consumed: int) -> float:
         return consumed * self.seq_len / self.epoch_tokens
 
+    def sequences_per_epoch(self) -> Fraction:
+        return Fraction(self.epoch_tokens, self.seq_len)
+
     def describe(self) -> str:
         found = f"{len(self.corpus):,} document(s), {self.epoch_tokens:,} tokens, end to end"
         return "; ".join([found, *self.notes])
@@ -323,7 +340,8 @@ class PaddedSequences(CorpusSequences):
     is the next token of the document. A pair of documents stays together, as two documents that
     follow each other; it must not be longer than S. The assignment of documents to sequences is
     computed once. Each epoch is a permutation of the sequences, so every token comes once per
-    epoch.
+    epoch. With labels_prompts, prompts have labels too, and the loss input `completion` [S] bool
+    says which labels are those of completions.
 
     Raise `UserError` if there is no document.
     """
@@ -337,11 +355,12 @@ class PaddedSequences(CorpusSequences):
         best_fit: bool = False,
         shuffle: bool = True,
         setting: str = "data.path",
+        labels_prompts: bool = False,
     ) -> None:
         super().__init__(corpus, seq_len=seq_len, seed=seed, shuffle=shuffle)
         if not len(corpus):
             raise UserError(f"{setting} has no document to train on: give more data")
-        self.best_fit = best_fit
+        self.best_fit, self.labels_prompts = best_fit, labels_prompts
         # best_fit combines documents that are close to each other in this order: shuffle it first.
         order = (
             shuffled(len(corpus), seed=seed, epoch=0)
@@ -367,6 +386,9 @@ class PaddedSequences(CorpusSequences):
     def epochs(self, consumed: int) -> float:
         return consumed / len(self)
 
+    def sequences_per_epoch(self) -> Fraction:
+        return Fraction(len(self))
+
     @property
     def fill_rate(self) -> float:
         """The fraction of all tokens that is not padding."""
@@ -381,11 +403,19 @@ class PaddedSequences(CorpusSequences):
         return "; ".join([f"{found} filled to {self.fill_rate:.1%}", *self.notes])
 
     def __getitem__(self, index: int) -> PackedSample:
-        sample = super().__getitem__(index)
-        if self.corpus.reference is None:
-            return sample
-        reference = self.corpus.reference[self.pairs(index)]
-        return sample._replace(reference=torch.from_numpy(reference).flatten())
+        sample, corpus = super().__getitem__(index), self.corpus
+        if self.labels_prompts:
+            spans = self._spans(index)
+            whole = (slice_document(corpus.tokens, None, *span) for span in spans)
+            inputs = {"completion": sample.labels != IGNORE_INDEX}
+            sample = concat_pieces(whole, self.seq_len)._replace(loss_inputs=inputs)
+        if corpus.reference is not None:
+            reference = torch.from_numpy(corpus.reference[self.pairs(index)])
+            sample = sample._replace(reference=reference.flatten())
+        if corpus.desirable is not None:
+            desirable = torch.from_numpy(corpus.desirable[self.pairs(index)])
+            sample = sample._replace(desirable=desirable)
+        return sample
 
     def pairs(self, index: int) -> np.ndarray:
         """Return the pairs of completions in a sequence, as indices of documents, in its order."""

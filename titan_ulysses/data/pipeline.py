@@ -169,6 +169,7 @@ def _pack(
     if packing == "concat":
         sequences: SampleStream = PackedSequences(corpus, **options, once=held_out)
     else:
+        options |= {"labels_prompts": config.loss.name == "orpo"}
         sequences = PaddedSequences(corpus, **options, best_fit=packing == "best_fit")
     sequences.notes += notes
     return sequences

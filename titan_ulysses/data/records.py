@@ -1,5 +1,5 @@
 """What a record of a file or data set holds: a text, a prompt and completion, a chat, a prompt with
-two completions (a preference), or tokens that exist already.
+two completions (a preference) or with one that is good or bad, or tokens that exist already.
 
 A record that cannot be used is not an exception but a `BadRow`; `corpus.CorpusStats` decides
 whether to skip it.
@@ -14,7 +14,7 @@ have empty lists, or null.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -68,6 +68,15 @@ class Preference(NamedTuple):
     """tool calls whose arguments were JSON text, see `_parse_calls`"""
 
 
+class Judged(NamedTuple):
+    """A prompt and a completion, as two texts or two lists of messages, and whether it is good."""
+
+    prompt: Any
+    completion: Any
+    desirable: bool
+    parsed_calls: int = 0
+
+
 class Encoded(NamedTuple):
     """A row as token ids."""
 
@@ -78,11 +87,13 @@ class Encoded(NamedTuple):
     lengths: tuple[int, ...] | None = None
     """the lengths of the documents of the row, in order; None: it is one."""
     split: int | None = None
-    """where the second document of a pair begins; None: it is no pair."""
+    """where the second document of a pair begins, or the completion of a `Judged`; None: neither"""
     teacher: np.ndarray | None = None
     """[tokens, k] TOP: a teacher's largest log-probabilities; None: none."""
     parsed_calls: int = 0
     """tool calls of the row whose arguments were JSON text"""
+    desirable: bool | None = None
+    """whether the completion is good; None: not known"""
 
     def documents(self) -> Iterator[Encoded]:
         """Yield each document of the row. A pair is one."""
@@ -98,7 +109,7 @@ class Encoded(NamedTuple):
 class Row(NamedTuple):
     place: str
     """the file's name and the line or row in it, for messages"""
-    content: str | bytes | Completion | Chat | Preference | Encoded
+    content: str | bytes | Completion | Chat | Preference | Judged | Encoded
 
 
 class BadRow(NamedTuple):
@@ -122,6 +133,8 @@ def read_record(record: Any, source: SourceSettings, place: str) -> Row | BadRow
             return Row(place, _read_chat(record, source))
         if source.source == "preference":
             return Row(place, _read_preference(record, source))
+        if source.source == "unpaired":
+            return Row(place, _read_judged(record, source))
         if source.source == "tokens":
             everything, top_k = source.train_on == "all", source.teacher_top_k
             return Row(place, tokens_of(record, teacher_top_k=top_k, train_on_all=everything))
@@ -135,12 +148,19 @@ def read_record(record: Any, source: SourceSettings, place: str) -> Row | BadRow
     return Row(place, Completion(*texts) if source.prompt_field else texts[0])
 
 
-def field_names(source: SourceSettings) -> list[str]:
-    """Return the fields that every row must have."""
+def field_names(source: SourceSettings, there: Sequence[str] = ()) -> list[str]:
+    """Return the fields that every row must have, in a data set whose fields are `there`."""
     if source.source == "chat":
-        return [source.messages_field]
+        if source.prompt_field:
+            return [source.prompt_field, source.completion_field]
+        others = ([_SHARE_GPT], [*_ALPACA])
+        found = (names for names in others if {*names} <= {*there})
+        is_ours = source.messages_field in there or source.messages_field != "messages"
+        return [source.messages_field] if is_ours else next(found, [source.messages_field])
     if source.source == "preference":
         return [source.chosen_field, source.rejected_field]
+    if source.source == "unpaired":
+        return [source.prompt_field or "prompt", source.completion_field or "completion"]
     if source.source == "tokens":
         return ["input_ids"]
     pair = [source.prompt_field, source.completion_field]
@@ -157,18 +177,83 @@ def _missing(record: dict[str, Any], name: str, wanted: str) -> RefusedRow:
 # --- messages -------------------------------------------------------------------------------------
 
 
-def _read_chat(record: dict[str, Any], source: SourceSettings) -> Chat:
-    messages, tools = record.get(source.messages_field), record.get(source.tools_field)
+_SHARE_GPT = "conversations"
+_ALPACA = ("instruction", "output")
+_FIELDS = {"role": "from", "content": "value"}
+"""The fields of a message of ShareGPT, by ours."""
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
+_ROLES |= {"bard": "assistant", "function_call": "assistant", "observation": "tool"}
+"""The roles of ShareGPT, and ours."""
+
+
+def _messages_of(record: dict[str, Any], source: SourceSettings) -> list[dict[str, Any]]:
+    """Return the messages of a row: a list, or made of a prompt and its completion.
+
+    A list has our names of fields and roles, or those of `data.message_fields` and `data.roles`, or
+    those of ShareGPT. A row of Alpaca has an instruction, perhaps with an input, and an output,
+    perhaps with a system message and earlier turns (history: pairs of texts).
+    """
+    names = field_names(source, [*record])
+    if names == [*_ALPACA] or source.prompt_field:
+        texts = [record.get(name) for name in names]
+        for name, text in zip(names, texts, strict=True):
+            if not isinstance(text, str):
+                raise _missing(record, name, "text")
+        prompt, answer = texts
+        if not source.prompt_field and record.get("input"):
+            prompt = f"{prompt}\n{record['input']}"
+        earlier = [] if source.prompt_field else record.get("history") or []
+        turns = [("system", record.get("system"))] if not source.prompt_field else []
+        if any(not isinstance(pair, list) or len(pair) != 2 for pair in earlier):
+            raise _missing(record, "history", "a list of pairs of texts")
+        turns += [one for asked, said in earlier for one in (("user", asked), ("assistant", said))]
+        turns += [("user", prompt), ("assistant", answer)]
+        return [{"role": role, "content": text} for role, text in turns if text]
+    messages = record.get(names[0])
     if not (messages and _are_objects(messages)):
-        raise _missing(record, source.messages_field, "a list of messages")
-    for number, message in enumerate(messages):
-        role, flag = message.get("role"), message.get("train")
+        raise _missing(record, names[0], "a list of messages")
+    is_share_gpt = all("role" not in one and "from" in one for one in messages)
+    ours = {**(_FIELDS if is_share_gpt else {}), **source.message_fields}
+    roles = {**(_ROLES if is_share_gpt else {}), **source.roles}
+    if not (ours or roles):
+        return messages
+    renamed = {theirs: name for name, theirs in ours.items()}
+    found = [{renamed.get(key, key): value for key, value in one.items()} for one in messages]
+    for one in found:
+        if isinstance(role := one.get("role"), str):
+            one["role"] = roles.get(role, role)
+    return found
+
+
+def _trained_flag(message: dict[str, Any], number: int) -> bool | None:
+    """Return whether a message says that it is trained on, by train, loss or weight (0 or 1)."""
+    for name in FLAGS:
+        flag = message.get(name)
+        if flag is None:
+            continue
+        if not isinstance(flag, bool) and not (name == "weight" and flag in (0, 1)):
+            value = json.dumps(flag, default=str)[:40]
+            wanted = "neither 0 nor 1" if name == "weight" else "neither true nor false"
+            raise RefusedRow(f'message {number}: "{name}" is {value}, {wanted}')
+        return bool(flag)
+    return None
+
+
+FLAGS = ("train", "loss", "weight")
+"""The fields of a message that say whether it is trained on; weight is OpenAI's."""
+
+
+def _read_chat(record: dict[str, Any], source: SourceSettings) -> Chat:
+    messages, tools = _messages_of(record, source), record.get(source.tools_field)
+    flags = [_trained_flag(message, number) for number, message in enumerate(messages)]
+    for number, (message, flag) in enumerate(zip(messages, flags, strict=True)):
+        role = message.get("role")
         if not isinstance(role, str):
             raise RefusedRow(f"message {number} has no role")
-        if flag is not None and not isinstance(flag, bool):
-            value = json.dumps(flag, default=str)[:40]
-            raise RefusedRow(f'message {number}: "train" is {value}, neither true nor false')
         if flag and role != "assistant":
+            name = next(name for name in FLAGS if message.get(name) is not None)
+            if name != "train":  # other formats have them on each message
+                continue
             raise RefusedRow(
                 f'message {number}: "train" is true, and its role is "{role}": only "assistant" is '
                 "trained"
@@ -181,11 +266,15 @@ def _read_chat(record: dict[str, Any], source: SourceSettings) -> Chat:
             raise RefusedRow(f"{source.tools_field} is text but not JSON ({error})") from error
     if not (tools is None or _are_objects(tools)):
         raise RefusedRow(f"{source.tools_field} is not a list of tools")
-    untrained = frozenset(i for i, message in enumerate(messages) if message.get("train") is False)
+    untrained = {number for number, flag in enumerate(flags) if flag is False}
+    if source.train_on == "last":
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        untrained |= {*turns[:-1]}
     # Templates get the messages without the flag: some write all that a message holds.
-    messages = [{k: v for k, v in message.items() if k != "train"} for message in messages]
+    messages = [{k: v for k, v in message.items() if k not in FLAGS} for message in messages]
     messages = _without_nulls(messages)
-    return Chat(messages, _without_nulls(tools) or None, untrained, _parse_calls(messages))
+    calls = _parse_calls(messages)
+    return Chat(messages, _without_nulls(tools) or None, frozenset(untrained), calls)
 
 
 def _read_preference(record: dict[str, Any], source: SourceSettings) -> Preference:
@@ -199,19 +288,9 @@ def _read_preference(record: dict[str, Any], source: SourceSettings) -> Preferen
     if all(isinstance(value, str) for value in values):
         return Preference(*values)
     prompt, chosen, rejected = values
-
-    def are_messages(value: Any) -> bool:
-        return (
-            _are_objects(value)
-            and bool(value)
-            and all(isinstance(message.get("role"), str) for message in value)
-        )
-
     for key in fields:
-        if not are_messages(record.get(key)):
-            wanted = "text like the other fields, or a list of messages with a role"
-            raise _missing(record, key, wanted)
-    if not are_messages(prompt):
+        _check_messages(record, key)
+    if not _are_messages(prompt):
         alike = (one == other for one, other in zip(chosen, rejected, strict=False))
         shared = sum(takewhile(bool, alike))
         if not shared:
@@ -223,6 +302,31 @@ def _read_preference(record: dict[str, Any], source: SourceSettings) -> Preferen
     prompt, chosen, rejected = map(_without_nulls, (prompt, chosen, rejected))
     parsed = sum(map(_parse_calls, (prompt, chosen, rejected)))
     return Preference(prompt, chosen, rejected, parsed)
+
+
+def _read_judged(record: dict[str, Any], source: SourceSettings) -> Judged:
+    """Read a prompt and a completion, texts or lists of messages, and the label, true or false."""
+    names, label = field_names(source), record.get(source.label_field)
+    if not (isinstance(label, bool) or (isinstance(label, int) and label in (0, 1))):
+        raise _missing(record, source.label_field, "true or false")
+    prompt, completion = (record.get(name) for name in names)
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return Judged(prompt, completion, bool(label))
+    for name in names:
+        _check_messages(record, name)
+    prompt, completion = map(_without_nulls, (prompt, completion))
+    return Judged(prompt, completion, bool(label), _parse_calls(prompt) + _parse_calls(completion))
+
+
+def _check_messages(record: dict[str, Any], name: str) -> None:
+    if not _are_messages(record.get(name)):
+        wanted = "text like the other fields, or a list of messages with a role"
+        raise _missing(record, name, wanted)
+
+
+def _are_messages(value: Any) -> bool:
+    has_roles = _are_objects(value) and all(isinstance(one.get("role"), str) for one in value)
+    return has_roles and bool(value)
 
 
 def _are_objects(value: Any) -> bool:

@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from titan_ulysses.config.paths import is_no_hub_name
 from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data.files import check_codec, digest, find_files, read_text, section_of
 from titan_ulysses.data.records import (
@@ -29,6 +30,7 @@ from titan_ulysses.data.records import (
     field_names,
     read_record,
 )
+from titan_ulysses.data.remote import fetched, is_remote
 from titan_ulysses.distributed.errors import UserError, one_line
 
 TEXT_EXTENSIONS = [".txt"]
@@ -48,6 +50,8 @@ def open_rows(source: SourceSettings, setting: str = "data.path") -> Rows:
     split or field, or an unknown codec.
     """
     check_codec(source.encoding, setting)
+    if is_remote(source.path):
+        source = source.model_copy(update={"path": fetched(source.path, setting)})
     if source.source == "text":
         return TextRows(source, setting)
     path = source.path
@@ -276,7 +280,7 @@ class DatasetRows(Rows):
         if source.source == "tokens":
             self.dataset = self.dataset.with_format("numpy")  # not a Python number for each token
         names = self.dataset.column_names  # None for a stream that does not know its columns yet
-        for name in field_names(source) if names is not None else []:
+        for name in field_names(source, names or ()) if names is not None else []:
             if name not in names:
                 raise UserError(
                     f'{setting} = "{source.path}" has no field "{name}" (it has '
@@ -322,6 +326,8 @@ class DatasetRows(Rows):
         import datasets
 
         source = self.source
+        if is_no_hub_name(source.path) and not Path(source.path).exists():
+            raise self._refusal("does not exist: give a folder, or a name on the hub")
         try:
             if is_saved_dataset(source.path):
                 found = datasets.load_from_disk(source.path)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from titan_ulysses.config.paths import is_no_hub_name
 from titan_ulysses.config.schema import Config
 from titan_ulysses.launch.run_store import within
 
@@ -24,6 +25,7 @@ def look_for_hub(config: Config) -> None:
     if "HF_HUB_OFFLINE" in os.environ or any(os.environ.get(name) for name in _PROXIES):
         return
     names = [name for name in _names(config) if name and not Path(name).exists()]
+    names = [name for name in names if not is_no_hub_name(name) and "://" not in name]
     if not names:
         return
     address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")

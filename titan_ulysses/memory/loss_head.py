@@ -40,8 +40,8 @@ _CUDA_ROWS = 256
 _CHECKED_ROWS = 256
 """Tokens with labels with which a loss function is tried before its first use."""
 
-Options = tuple[int, float, float | None, float]
-"""Tokens per tile, scale of the logits, soft-cap of the logits, weight of the z-loss."""
+Options = tuple[int, float, float | None, float, float]
+"""Tokens per tile; scale and soft-cap of the logits; weight of the z-loss; label smoothing."""
 
 
 def automatic_tile(vocabulary: int, device_type: str) -> int:
@@ -58,7 +58,8 @@ class LossHead(nn.Linear):
     GiB if device_type is "cuda"; -1 takes all tokens at once. For model families that scale or cap
     their logits, the logits become softcap * tanh(scale * logits / softcap). While gradients are
     computed, z_loss * (log of the sum of exp(logits))^2 is added to the loss of each label (PaLM,
-    arXiv 2204.02311, section 5).
+    arXiv 2204.02311, section 5), and label_smoothing (e) makes of its cross-entropy (1 - e) times
+    that, plus e times the mean over the vocabulary (arXiv 1512.00567, section 7).
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class LossHead(nn.Linear):
         scale: float = 1.0,
         softcap: float | None = None,
         z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
         device_type: str = "cpu",
     ):
         super().__init__(
@@ -76,6 +78,7 @@ class LossHead(nn.Linear):
         )
         self.weight, self.bias = linear.weight, linear.bias
         self.scale, self.softcap, self.z_loss = scale, softcap, z_loss
+        self.label_smoothing = label_smoothing
         self.sequences = ON_DEVICE
         """How hidden is read (see `sequences.py`)."""
         self.tile_tokens = tile_tokens or automatic_tile(linear.out_features, device_type)
@@ -186,7 +189,7 @@ class LossHead(nn.Linear):
 
     def _options(self, labels: Tensor) -> Options:
         tile_tokens = self.tile_tokens if self.tile_tokens != -1 else max(1, labels.numel())
-        return tile_tokens, self.scale, self.softcap, self.z_loss
+        return tile_tokens, self.scale, self.softcap, self.z_loss, self.label_smoothing
 
     def _each(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy of each label [B, T]."""
@@ -357,7 +360,7 @@ def _each_cross_entropy(
 
     They are in fp32 or wider, and 0 for rows without a label.
     """
-    tile_tokens, scale, softcap, _ = options
+    tile_tokens, scale, softcap, *_ = options
     wide = torch.promote_types(rows.dtype, torch.float32)
     each = torch.empty(len(rows), dtype=wide, device=rows.device)
     for tile in tiles(len(rows), tile_tokens):
@@ -405,7 +408,7 @@ def _tile_loss(
     bias: Tensor | None,
     labels: Tensor,
     valid: Tensor,
-    shape: tuple[float, float | None, float],
+    shape: tuple[float, float | None, float, float],
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the losses [n] of rows x [n, h], 0 where not valid, and the gradient of their sum by
@@ -415,21 +418,27 @@ def _tile_loss(
     None if needs_grad is False. It is softmax - one_hot, times the derivative of scale and cap,
     scale * (1 - (scores / softcap)^2). It is not 0 in rows that are not valid; the caller leaves
     those rows out. The z-loss, whose gradient adds 2 * z_loss * log_normalizer * softmax before
-    that factor, is included only if needs_grad is True.
+    that factor, and label smoothing e, with (1 - e) * one_hot + e / V in place of one_hot, are
+    included only if needs_grad is True.
     """
-    scale, softcap, z_loss = shape
+    scale, softcap, z_loss, smoothing = shape
     scores = _scores(x, weight, bias, scale, softcap)
     slope = scale if softcap is None else scale * (1 - (scores / softcap) ** 2)
     each, index, log_probabilities = _cross_entropy(scores, labels, valid)
     if not needs_grad:
         return each, None
+    if smoothing:
+        spread = log_probabilities.mean(dim=1).where(valid, 0)
+        each = (1 - smoothing) * each - smoothing * spread
     if z_loss:
         log_normalizer = scores.gather(1, index) - log_probabilities.gather(1, index)
         each = each + (z_loss * log_normalizer.squeeze(1) ** 2).where(valid, 0)
     grad = log_probabilities.exp_()
     if z_loss:
         grad.mul_(1 + 2 * z_loss * log_normalizer)
-    grad.scatter_add_(1, index, grad.new_full(index.shape, -1))
+    grad.scatter_add_(1, index, grad.new_full(index.shape, smoothing - 1))
+    if smoothing:
+        grad.sub_(smoothing / grad.shape[1])
     if scale != 1 or softcap is not None:
         grad.mul_(slope)
     return each, grad

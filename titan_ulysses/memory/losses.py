@@ -171,14 +171,87 @@ def dpo_loss(
     reference_rejected: Tensor,
     *,
     beta: float = 0.1,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Return the sigmoid DPO loss of each pair [B] (arXiv 2305.18290, equation 7).
 
     The four are log-probabilities of whole completions, sums over their tokens [B]: of the policy,
-    with gradient (see `log_probs`), and of the reference.
+    with gradient (see `log_probs`), and of the reference. label_smoothing is the probability that
+    a pair is the wrong way round (conservative DPO).
     """
     margin = (chosen - reference_chosen) - (rejected - reference_rejected)
-    return -F.logsigmoid(beta * margin)
+    return _of_margin(beta * margin, label_smoothing)
+
+
+def ipo_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    *,
+    beta: float = 0.1,
+) -> Tensor:
+    """Return the IPO loss of each pair [B] (arXiv 2310.12036, equation 17).
+
+    The four are as in `dpo_loss`, but means over the tokens of a completion, as TRL 1.16 has it.
+    """
+    margin = (chosen - reference_chosen) - (rejected - reference_rejected)
+    return (margin - 1 / (2 * beta)) ** 2
+
+
+def simpo_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    *,
+    beta: float = 0.1,
+    gamma: float = 0.5,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Return the SimPO loss of each pair [B] (arXiv 2405.14734, equation 6).
+
+    Both are mean log-probabilities of the tokens of a completion; gamma is the margin wanted.
+    """
+    return _of_margin(beta * (chosen - rejected) - gamma, label_smoothing)
+
+
+def odds_ratio_loss(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
+    """Return beta times the odds-ratio loss of each pair [B] (ORPO, arXiv 2403.07691, equation 7).
+
+    Both are mean log-probabilities of the tokens of a completion, and below 0.
+    """
+    log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
+    return -beta * F.logsigmoid(log_odds)
+
+
+def kto_loss(
+    rewards: Tensor,
+    desirable: Tensor,
+    kl: Tensor,
+    *,
+    beta: float = 0.1,
+    weights: tuple[float, float] = (1.0, 1.0),
+) -> Tensor:
+    """Return the KTO loss of each completion [B] (arXiv 2402.01306, equation 7).
+
+    rewards [B] are log-probabilities of whole completions less those of the reference; desirable
+    [B] is bool; kl, a scalar of at least 0 without gradient, estimates the divergence from the
+    reference; weights are those of desirable and undesirable completions.
+    """
+    each = 1 - torch.sigmoid(beta * torch.where(desirable, rewards - kl, kl - rewards))
+    return torch.where(desirable, weights[0] * each, weights[1] * each)
+
+
+def _of_margin(margin: Tensor, label_smoothing: float) -> Tensor:
+    flipped = label_smoothing * F.logsigmoid(-margin) if label_smoothing else 0
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - flipped
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """Return log(1 - exp(x)) of x < 0, by the formula that is exact where x is."""
+    near_zero = x > -0.6931471805599453  # log 2
+    close = x.where(near_zero, -0.5)  # so that no branch that is not taken has a NaN gradient
+    far = x.where(~near_zero, -1.0)
+    return torch.where(near_zero, torch.log(-torch.expm1(close)), torch.log1p(-torch.exp(far)))
 
 
 def shape_scores(logits: Tensor, scale: float, softcap: float | None) -> Tensor:

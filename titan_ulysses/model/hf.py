@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from titan_ulysses.config.paths import is_no_hub_name
 from titan_ulysses.distributed.errors import UserError, one_line
 from titan_ulysses.distributed.seeds import seed_of
 from titan_ulysses.model.parameter_names import is_adapter, plain
@@ -50,6 +51,9 @@ def load_model_config(
             return AutoConfig.for_model(model_type, **settings)
         except Exception as error:  # transformers raises whatever its config classes raise
             raise UserError(f"model.config: transformers refuses it: {one_line(error)}") from error
+    remedy = "Give a folder with config.json and *.safetensors, or the name of a model on the hub."
+    if is_no_hub_name(path) and not Path(path).exists():
+        raise UserError(f'{setting} = "{path}": no such folder. {remedy}')
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
     hub.setLevel(logging.ERROR)  # it logs each retry; the result is reported once, below
@@ -61,12 +65,8 @@ def load_model_config(
     except UserError:
         raise
     except Exception as error:
-        # transformers would only say that such a path is not a valid hub name.
-        absent = path.startswith(("/", ".")) and not Path(path).exists()
         raise UserError(
-            f'{setting} = "{path}": no transformers model there '
-            f"({'no such folder' if absent else one_line(error)}). Give a folder with config.json "
-            "and *.safetensors, or the name of a model on the hub."
+            f'{setting} = "{path}": no transformers model there ({one_line(error)}). {remedy}'
         ) from error
     finally:
         hub.setLevel(level)

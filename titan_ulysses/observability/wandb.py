@@ -28,7 +28,8 @@ class WandbRun:
     """The run at Weights & Biases for a run's folder. A resumed run continues the same one.
 
     wandb's own environment variables apply (WANDB_API_KEY, WANDB_MODE, WANDB_ENTITY, ...).
-    WANDB_PROJECT and WANDB_NAME override the default project and `name`.
+    WANDB_PROJECT and WANDB_NAME override the default project and `name`, and WANDB_DIR the folder
+    of its files, which is the run's.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class WandbRun:
             name=os.environ.get("WANDB_NAME", name),
             id=file.read_text(),
             resume="allow",
-            dir=str(folder),
+            dir=os.environ.get("WANDB_DIR") or str(folder),
             config=config,
         )
         self._wandb = wandb

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,21 @@ from titan_ulysses.observability.units import size_text, time_text
 from titan_ulysses.plan.estimate import estimate_plan
 from titan_ulysses.plan.names import component_name, moment_name, tensor_name
 from titan_ulysses.plan.planner import Plan, Setup, check_idle, check_nodes
-from titan_ulysses.plan.run_cost import grace_of, run_cost
+from titan_ulysses.plan.run_cost import (
+    asks_for_cost,
+    best_change,
+    costs_at_lengths,
+    grace_of,
+    half_as_fast,
+    other_kernels,
+    run_cost,
+)
 from titan_ulysses.plan.search import SearchResult, differs, is_unlimited, with_settings
 from titan_ulysses.plan.searches import assignments, options
+from titan_ulysses.ulysses.kernels import NAMES
 
+_WORTH_SAYING = 1e-3
+"""The share of a step by which it must be longer for this to be said."""
 _SHORT = 1.0
 """Seconds. In shorter steps, kernels may be too small to hide the time of their launch."""
 
@@ -59,6 +70,9 @@ def say(console: Console, plan: Plan) -> None:
     for line in time_lines(plan):
         tell(line)
     tell(run_cost(plan).sentence())
+    if asks_for_cost(plan):
+        for line in choice_lines(plan):
+            tell(line, markup=False)
     tell(grace_of(plan).sentence())
 
 
@@ -127,7 +141,29 @@ def time_lines(plan: Plan) -> list[str]:
         lines.append(
             "  not planned: the time to launch kernels, which makes short steps longer than this"
         )
+    slower = {name: share for name, share in half_as_fast(plan).items() if share >= _WORTH_SAYING}
+    if longer := _listed(slower, lambda share: f"{share:+.1%}"):
+        lines.append(f"  if one kind of link were half as fast: {longer}")
     return [*lines, f"  collectives of a rank: {counts}"]
+
+
+def choice_lines(plan: Plan) -> Iterator[str]:
+    """Yield lines about what other choices would make of a planned run, each as soon as known."""
+    for length, cost in costs_at_lengths(plan):
+        if length != plan.seq_len:
+            what = cost.sentence() if cost else "does not fit with these settings"
+            yield f"  in sequences of {length:,}: {what.removeprefix('the run: ')}"
+    for kernel, seconds in other_kernels(plan).items():
+        yield f"  with {NAMES[kernel]}: {seconds / plan.time.seconds - 1:+.1%}"
+    if change := best_change(plan):
+        changes, other = change
+        gain = other.seconds_per_token / plan.seconds_per_token - 1
+        yield (
+            f"  the setting that buys most: {assignments(changes)}: {gain:+.1%} (about "
+            f"{size_text(other.gpu_bytes)} a GPU, {size_text(other.host_bytes)} a node)"
+        )
+    else:
+        yield "  no change of one setting is clearly faster and fits"
 
 
 def closing(plan: Plan, longest_seq_len: int, found: Sequence[SearchResult]) -> str:

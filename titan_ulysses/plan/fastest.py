@@ -22,7 +22,7 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.plan.cost import Time
 from titan_ulysses.plan.estimate import estimate_plan
 from titan_ulysses.plan.planner import Estimate, Plan, Setup, make_plan
-from titan_ulysses.plan.search import with_settings
+from titan_ulysses.plan.search import value_of, with_settings
 from titan_ulysses.plan.status_line import LINE
 
 CLEARLY = 5e-3
@@ -378,6 +378,21 @@ def _most_gained(settings: Changes, changed: Changes, time: Time) -> float:
     if offloads_more or more_copies or smaller or changed[_EVERY] > settings[_EVERY]:
         return 0.0
     return max(gains[key] for key in gains if changed[key] != settings[key])
+
+
+def faster_settings(plan: Plan) -> list[Changes]:
+    """Return changes of one setting of a plan, with what changes along, that may make its step
+    clearly faster, those first that may gain most.
+    """
+    setup, config, degrees = plan.setup, plan.setup.config, plan.setup.degrees
+    own = {name: value_of(config, name) for name in LEAN} | {_SEQUENCE: degrees.sequence}
+    gains = []
+    for name in LEAN:
+        for changed in neighbours(setup, own, name):
+            gain = _most_gained(own, changed, plan.time)
+            if gain >= CLEARLY * plan.time.seconds:
+                gains.append((gain, {key: v for key, v in changed.items() if own[key] != v}))
+    return [changes for _, changes in sorted(gains, key=lambda one: -one[0])]
 
 
 def _chunk_tokens(settings: Changes) -> float:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import sqrt
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from titan_ulysses.observability.pictures import COLORS, picture
-from titan_ulysses.observability.units import size_text, time_unit_of, unit_of
+from titan_ulysses.observability.units import size_text, time_text, time_unit_of, unit_of
 from titan_ulysses.plan.attribution import COMPONENTS
 from titan_ulysses.plan.names import component_name
 from titan_ulysses.plan.planner import Plan
 from titan_ulysses.plan.search import SearchResult
+from titan_ulysses.plan.searches import what_ends
 
 _COLUMNS = 1000
 """Columns of the timeline. Each shows the highest moment of its part of the step."""
 _VISIBLE = 1e-3
 """The share of a whole from which on a part has a bar."""
+_HOUR = 3600.0
 _IN_SIGHT = 4
 """The GPU's limit is drawn as a line if it is less than this many times as high as the peak."""
 
@@ -162,19 +165,57 @@ def _mark_limit(axes: Any, limit: float, peak: float, unit: float) -> None:
         axes.text(0, 0.98, words, va="top", fontsize=8, transform=axes.transAxes)
 
 
-def ladder(steps: Sequence[SearchResult], path: Path | IO[str]) -> None:
-    """Draw the longest sequence of each step of the feature ladder, on a logarithmic axis."""
+def ladder(
+    steps: Sequence[SearchResult],
+    path: Path | IO[str],
+    *,
+    theirs: Sequence[int | None] = (),
+    of_theirs: str = "",
+    title: str = "",
+) -> None:
+    """Draw the longest sequence of each step of the feature ladder, on a logarithmic axis, with
+    what ends it and how long a step takes. What a step of an hour can have is darker.
+
+    theirs: lengths that others measured, beside ours; of_theirs: who.
+    """
     lengths = [step.plan.seq_len if step.plan else 0 for step in steps]
-    with picture(path, size=(8, 0.6 * len(steps) + 1.2)) as (_, axes):
-        places = np.arange(len(steps))[::-1]
-        axes.barh(places, [max(1, length) for length in lengths], color=COLORS[0])
-        for place, length in zip(places, lengths, strict=True):
-            axes.text(max(1, length), place, f" {length:,}", va="center", fontsize=9)
-        axes.set_yticks(places, [step.what for step in steps])
+    width = 0.38 if theirs else 0.8
+    with picture(path, size=(10, (0.65 if theirs else 0.6) * len(steps) + 1.6)) as (_, axes):
+        places = np.arange(len(steps))[::-1].astype(float)
+        if theirs:
+            measured = [(at, n) for at, n in zip(places, theirs, strict=True) if n]
+            axes.barh(*zip(*measured, strict=True), height=width, color=COLORS[4], label=of_theirs)
+            for place, length in measured:
+                axes.text(length, place, f" {length:,}", va="center", fontsize=9)
+            places -= 0.4
+        in_an_hour = [_in_an_hour(step.plan) if step.plan else 0 for step in steps]
+        longest = [max(1, length) for length in lengths]
+        label = "titan_ulysses, planned: simulated"
+        axes.barh(places, longest, height=width, color=COLORS[0], alpha=0.55, label=label)
+        label = "of it, in steps of at most an hour"
+        axes.barh(places, in_an_hour, height=width, color=COLORS[0], label=label)
+        for place, length, step in zip(places, longest, steps, strict=True):
+            ends = f": {what_ends(step.plan)}, {time_text(step.plan.time.seconds)} a step"
+            text = f" {length:,}{ends}" if step.plan else " does not fit"
+            axes.text(length, place, text, va="center", fontsize=9)
+        axes.set_yticks(places + (0.2 if theirs else 0), [step.what for step in steps])
         axes.set_xscale("log")
-        least = min([length for length in lengths if length], default=1)
-        axes.set_xlim(least / 3, max(*lengths, 2) * 6)
-        axes.set_xlabel("tokens of the longest sequence that fits")
+        least = min([n for n in (*lengths, *theirs) if n], default=1)
+        # Room for the text behind the longest bar, of half the width of the picture.
+        axes.set_xlim(least / 3, max(*lengths, 2) ** 2 / least * 3)
+        axes.set_xlabel("tokens of the longest sequence that fits (logarithmic)")
+        axes.set_title(title, fontsize=10)
+        axes.legend(loc="upper right", frameon=False, fontsize=9)
+
+
+def _in_an_hour(plan: Plan) -> float:
+    """Return the tokens of a plan's sequence with which a step takes at most an hour: attention
+    takes time by the square of the length, all else by the length.
+    """
+    square = plan.time.parts["attention"]
+    rest = plan.time.seconds - square
+    share = (sqrt(rest**2 + 4 * square * _HOUR) - rest) / (2 * square) if square else 1.0
+    return plan.seq_len * min(1.0, share)
 
 
 def parts(values: Mapping[str, float], path: Path | IO[str], *, unit: float, label: str) -> None:

@@ -23,7 +23,7 @@ from titan_ulysses.plan.fastest import Candidate, Search
 from titan_ulysses.plan.names import kernel_name
 from titan_ulysses.plan.page import write_plan_page
 from titan_ulysses.plan.planner import Plan, make_plan, set_up
-from titan_ulysses.plan.run_cost import grace_of, run_cost
+from titan_ulysses.plan.run_cost import grace_of, half_as_fast, other_kernels, run_cost
 from titan_ulysses.plan.search import SearchResult, estimate, is_unlimited, ladder, search
 from titan_ulysses.plan.searches import fastest_json, tell_fastest, tell_longest
 from titan_ulysses.plan.status_line import LINE
@@ -114,6 +114,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "seconds": plan.time.parts
         | {f"{name} (beside)": s for name, s in plan.time.hidden.items()},
         "exchange_seconds_inside_node": plan.exchange_inside_node,
+        "longer_with_half_the_link": half_as_fast(plan),
+        "step_seconds_with": other_kernels(plan),
         "collectives": {k: {"calls": n, "bytes": b} for k, (n, b) in plan.collectives.items()},
         "reserves": {reserve.what: reserve.source for reserve in plan.setup.reserves},
         "notes": list(plan.notes),

@@ -39,6 +39,8 @@ not reach far, because a long sequence may have its peak at another moment than 
 """
 _MAX_UNVERIFIED_EXTRAPOLATION = 4
 """The same factor for a length that is only estimated, not simulated."""
+_SHARED = 4
+"""How many blocks share a checkpoint in the last steps of the ladder."""
 _CLOSE = 0.02
 """An estimated length is not planned if one was planned that differs by at most this share."""
 _MOST_LENGTHS = 8
@@ -315,6 +317,7 @@ def ladder(setup: Setup, configured: SearchResult | None = None) -> Iterator[Sea
     """
     whole, tiles, chosen = -1, 0, 0
     degree = setup.degrees.sequence if setup.degrees.sequence > 1 else setup.world_size
+    shared = min(_SHARED, getattr(setup.model_config, "num_hidden_layers", 1))
     changes: dict[str, Any] = {
         "activation_checkpoint.mode": "full",
         "activation_checkpoint.every": 1,
@@ -336,8 +339,17 @@ def ladder(setup: Setup, configured: SearchResult | None = None) -> Iterator[Sea
             {"memory.mlp_tile_tokens": whole, "activation_checkpoint.offload": "host"},
         ),
         ("+ offload and tiled MLP", {"memory.mlp_tile_tokens": tiles}),
-        ("+ streaming", {"memory.stream_chunk_tokens": chosen}),
+        # Streaming has room on the GPU, so that host memory ends a sequence, unless blocks share
+        # checkpoints.
+        (
+            f"+ streaming, {shared} blocks a checkpoint",
+            {"memory.stream_chunk_tokens": chosen, "activation_checkpoint.every": shared},
+        ),
         ("+ hidden states on the host", {"memory.stream_offload": "host"}),
+        (
+            "+ files on NVMe",
+            {"memory.stream_offload": "disk", "activation_checkpoint.offload": "disk"},
+        ),
     ]
     found = None
     for what, more in steps:

@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from titan_ulysses.config.schema import PREFERENCES
 from titan_ulysses.config.validate import MeshDegrees
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.distributed.collectives import CollectiveCounter
@@ -486,16 +487,20 @@ def _batch(spec: RunSpec, documents: Documents | None, chunk_tokens: int | None)
     config = spec.config
     rows, seq_len = config.training.local_batch_size, config.training.seq_len
     size = rows, seq_len // spec.degrees.sequence
-    if documents is None and config.loss.name == "dpo":  # a pair in each row
+    loss, inputs = config.loss.name, {}
+    if documents is None and loss in PREFERENCES:  # a pair in each row
         documents = ((seq_len - seq_len // 2, seq_len // 2),) * rows
-    reference = None
+    reference = desirable = None
+    pairs = sum(map(pairs_of, documents or ()))
     if config.loss.precompute_reference:
-        completions = sum(2 * pairs_of(row) for row in documents or ())
-        reference = torch.zeros(completions, dtype=torch.float64)
-    teacher = {}
+        reference = torch.zeros(2 * pairs, dtype=torch.float64)
+    if loss == "kto":
+        desirable = torch.ones(pairs, dtype=torch.bool)
+    if loss == "orpo":
+        inputs = {"completion": torch.ones(size, dtype=torch.bool)}
     entries = config.data.mixture
     if top_k := entries[0].teacher_top_k if entries else config.data.teacher_top_k:
-        teacher = {
+        inputs = {
             "teacher_ids": torch.zeros(*size, top_k, dtype=torch.int64),
             "teacher_logits": torch.zeros(*size, top_k, dtype=torch.float32),
         }
@@ -506,5 +511,6 @@ def _batch(spec: RunSpec, documents: Documents | None, chunk_tokens: int | None)
         documents=documents or ((seq_len,),) * rows,
         chunk_tokens=chunk_tokens,
         reference=reference,
-        loss_inputs=teacher,
+        desirable=desirable,
+        loss_inputs=inputs,
     )

@@ -33,7 +33,7 @@ def _dtype(name: Any) -> Any:
 
 
 class ParallelOptions(BaseModel):
-    """The keywords of `parallelize`: sections of a config, and keys of [model] and [training].
+    """The keywords of `parallelize`: sections of a config, and keys of [model], [training], [loss].
 
     They have the names, defaults and meaning that they have there (see `config/schema.py`), except
     for the dtypes.
@@ -50,6 +50,8 @@ class ParallelOptions(BaseModel):
     z_loss: float = 0.0
     indexer: Training = "frozen"
     """How the indexers of sparse attention are trained, as loss.indexer."""
+    label_smoothing: float = 0.0
+    """Of the cross-entropy."""
     param_dtype: Annotated[torch.dtype | None, BeforeValidator(_dtype)] = None
     """Dtype in which the model computes; None: the model's dtype. Stored parameters keep theirs."""
     reduce_dtype: Annotated[torch.dtype | None, BeforeValidator(_dtype)] = None
@@ -145,6 +147,9 @@ def options_of(config: Config, core: Core) -> ParallelOptions:
         compile=config.compile,
         z_loss=training.z_loss,
         indexer=config.loss.indexer,
+        label_smoothing=(
+            config.loss.label_smoothing if config.loss.name == "cross_entropy" else 0.0
+        ),
         param_dtype=getattr(torch, training.param_dtype),
         reduce_dtype=getattr(torch, training.reduce_dtype),
     )

@@ -101,7 +101,7 @@ def parallelize(
 
     The keywords are settings under the names that they have in a config file: the sections
     `activation_checkpoint`, `memory` and `compile` as tables, and `attention`, `z_loss`,
-    `param_dtype` and `reduce_dtype` (see `ParallelOptions`, which may be given too):
+    `label_smoothing`, `param_dtype` and `reduce_dtype` (see `ParallelOptions`, which may be given):
 
         parallelize(model, mesh, memory={"mlp_tile_tokens": 512}, param_dtype=torch.bfloat16)
 
@@ -368,6 +368,7 @@ def use_loss_head(
             scale=shape.scale,
             softcap=shape.softcap,
             z_loss=options.z_loss,
+            label_smoothing=options.label_smoothing,
             device_type=device_type,
         )
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from titan_ulysses.config.schema import Config
+from titan_ulysses.config.schema import REFERRING, Config
 from titan_ulysses.config.validate import MeshDegrees, check, check_frozen
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.distributed.errors import UserError
@@ -145,15 +145,16 @@ def _frozen_spec(spec: RunSpec, select: SelectCore) -> RunSpec | None:
     positions for these sequences.
     """
     config, loss = spec.config, spec.config.loss
-    if loss.name == "cross_entropy":
+    refers = loss.name in REFERRING
+    if not refers and loss.name != "distillation":
         return None
-    setting = "loss.reference" if loss.name == "dpo" else "loss.teacher"
-    path = loss.reference if loss.name == "dpo" else loss.teacher
+    setting = "loss.reference" if refers else "loss.teacher"
+    path = loss.reference if refers else loss.teacher
     if not path:  # of a teacher: its log-probabilities come with the data
-        return spec if loss.name == "dpo" and not config.lora.rank else None
+        return spec if refers and not config.lora.rank else None
     own = hf.load_model_config(path, None, setting=setting)
     check_family(own)
-    if config.model.rope_scaling and loss.name == "dpo":
+    if config.model.rope_scaling and refers:
         scale_rope(own, config.model.rope_scaling)  # it is the same model, of another time
     check_frozen(config, own, spec.model_config, setting=f'{setting} = "{path}"')
     core, reason = _core_of(config, own, spec.device_type, select)

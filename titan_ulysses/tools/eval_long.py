@@ -19,7 +19,7 @@ tokens of a row. Depth 0 is the beginning of the text, and 1 its end. The same s
 texts, which at one length have the same answers at every depth. needles and variables are hidden in
 --text; the other two tasks fill the text with their own kind.
 
-Writes long.json and, where matplotlib is installed, long.png to --output.
+Writes long.json and, where matplotlib is installed, long.png to --output: long/ beside the model.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def say(cell: TaskResult) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = long_texts_parser("eval-long", __doc__, output="outputs/long")
+    parser = long_texts_parser("eval-long", __doc__, output="long")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], metavar="TASK")
     counted = "codes in needles, variables in a chain (4)"
     parser.add_argument("--count", type=int, default=4, help=counted)

@@ -232,6 +232,7 @@ def run(
     # Errors in the lengths are reported before the model is read, which takes time.
     for case, length in product(cases, options.lengths):
         make(tokenizer, text, **case, length=length, depth=0, seed="")
+    options.output = options.output or folder_beside(options.model, name)
     _make_folder(options.output)
     model = open_model(options.model, mesh, longest=longest)
     speaks, cells = dist.get_rank() == 0, []
@@ -252,6 +253,17 @@ def run(
         draw(cells, options, options.output / f"{name}.png")
     pictures = f", {name}.png" if has_matplotlib() else " (no picture: pip install matplotlib)"
     print(f"{options.output}/{name}.json{pictures}")
+
+
+def folder_beside(model: str, name: str) -> Path:
+    """Return where results of a model go: its folder, or that of the run that exported it; of a
+    name on the hub, outputs/.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return Path("outputs") / name
+    of_run = (folder.parent / "config.toml").exists()
+    return (folder.parent if of_run else folder) / name
 
 
 def _make_folder(folder: Path) -> None:
@@ -290,8 +302,8 @@ def heat_map(
 def long_texts_parser(
     command: str, description: str | None, *, output: str
 ) -> argparse.ArgumentParser:
-    """Return a parser of the options that both commands have. `output` is the default folder of
-    the results.
+    """Return a parser of the options that both commands have. `output` names the default folder of
+    the results (see `folder_beside`).
     """
     parser = parser_of(command, description)
     add = parser.add_argument
@@ -306,7 +318,8 @@ def long_texts_parser(
     add("--seed", type=int, default=0)
     texts = "file, folder or pattern of the texts"
     add("--text", default="{stdlib}/*.py", metavar="PATH", help=texts)
-    add("--output", type=Path, default=Path(output), metavar="FOLDER")
+    where = f"folder of the results ({output}/ in the folder of the model, or of its run)"
+    add("--output", type=Path, metavar="FOLDER", help=where)
     return parser
 
 

@@ -12,7 +12,8 @@ how often the right code has the highest log-probability; guessing finds 1 in --
 counts all tokens of a row. Depth 0 is the beginning of the text, and 1 its end. The same seed makes
 the same texts and needles, which at one length are the same at every depth.
 
-Writes needle.json and, where matplotlib is installed, needle.png to --output.
+Writes needle.json and, where matplotlib is installed, needle.png to --output: needle/ beside the
+model.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def draw_map(cells: Sequence[NeedleResult], options: Any, path: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = long_texts_parser("needle", __doc__, output="outputs/needle")
+    parser = long_texts_parser("needle", __doc__, output="needle")
     parser.add_argument("--candidates", type=int, default=8, help="codes to choose from (8)")
     options = checked(parser.parse_args(argv), candidates=2)
     chance = 1 / options.candidates

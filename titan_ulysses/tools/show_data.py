@@ -3,7 +3,8 @@
     titan-ulysses show-data --config my.toml --rows 2
     titan-ulysses show-data --config my.toml --data.source chat --data.path ~/chats.jsonl
 
-Takes the options of train.py, and --rows: how many rows of each source are shown. Nothing is
+Takes the options of train.py, and --rows: how many rows of each source are shown. Of chats it also
+counts the messages of each role, and how many of them are trained on. Nothing is
 trained, and no model is loaded but its tokenizer. On a terminal, what is trained on is green;
 elsewhere, as in a file, it is between [[ and ]]. A chat is several documents where the chat
 template writes earlier turns differently once others follow: each is what the model would see.
@@ -24,7 +25,7 @@ from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data.encoding import Encoder
 from titan_ulysses.data.megatron import find_megatron, read_megatron
-from titan_ulysses.data.records import BadRow, Encoded
+from titan_ulysses.data.records import BadRow, Chat, Encoded, Row
 from titan_ulysses.data.sources import open_rows
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.distributed.errors import UserError
@@ -58,16 +59,26 @@ def written(tokenizer: PreTrainedTokenizerBase, document: Encoded, *, coloured: 
 
 def first_rows(
     source: SourceSettings, encoder: Encoder, *, setting: str, count: int
-) -> Iterator[tuple[str, Encoded | BadRow]]:
-    """Yield (place, what became of it) of the first rows of a source."""
+) -> Iterator[tuple[Row | BadRow, Encoded | BadRow]]:
+    """Yield (row, what became of it) of the first rows of a source."""
     if source.source == "tokens" and (files := find_megatron(source.path, setting)):
         ids = num_token_ids(encoder.tokenizer)
         corpus, _ = read_megatron(files, num_token_ids=ids, skip=True, setting=setting)
         for number in range(min(count, len(corpus))):
-            yield f"document {number}", Encoded(corpus[number])
+            document = Encoded(corpus[number])
+            yield Row(f"document {number}", document), document
         return
     for row in islice(open_rows(source, setting), count):
-        yield row.place, encoder(row)
+        yield row, encoder(row)
+
+
+def count_roles(chat: Chat, counts: dict[str, list[int]], *, train_on: str) -> None:
+    """Add the messages of a chat to the counts by role: [all of them, those trained on]."""
+    for number, message in enumerate(chat.messages):
+        is_answer = message["role"] == "assistant" and number not in chat.untrained
+        of_role = counts.setdefault(message["role"], [0, 0])
+        of_role[0] += 1
+        of_role[1] += train_on == "all" or is_answer
 
 
 def show_source(
@@ -83,12 +94,14 @@ def show_source(
         raise UserError(f"{setting} is not set: give a file or folder to read", exit_code=2)
     encoder = Encoder(tokenizer, source.train_on)
     encoder.check(source.source)
-    shown, counts = 0, []
-    for place, encoded in first_rows(source, encoder, setting=setting, count=rows):
-        shown += 1
+    shown, counts, roles = 0, [], {}
+    for row, encoded in first_rows(source, encoder, setting=setting, count=rows):
+        shown, place = shown + 1, row.place
         if isinstance(encoded, BadRow):
             console.print(Text(f"--- {place}: cannot be used: {encoded.reason}", style="bold red"))
             continue
+        if isinstance(row, Row) and isinstance(row.content, Chat):
+            count_roles(row.content, roles, train_on=source.train_on)
         documents = [*encoded.documents()]
         for number, document in enumerate(documents, start=1):
             tokens = len(document.ids)
@@ -106,6 +119,9 @@ def show_source(
         f"which {trained:,} are trained on"
     )
     console.print(Text(total, style="bold"))
+    if roles:
+        each = ", ".join(f"{role} {all_} ({of} trained on)" for role, (all_, of) in roles.items())
+        console.print(Text(f"{setting}: by role: {each}", style="bold"))
 
 
 def main(argv: list[str]) -> None:

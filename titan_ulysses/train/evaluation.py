@@ -142,7 +142,7 @@ class TokenEvaluation(NamedTuple):
 
 
 class PairEvaluation(NamedTuple):
-    """The mean DPO loss of pairs of completions, the same on every rank and mesh."""
+    """The mean loss of pairs of completions, the same on every rank and mesh."""
 
     loss: float
     pairs: int
@@ -150,7 +150,7 @@ class PairEvaluation(NamedTuple):
     sequences: int
     """Number of sequences that were read (see `spread`)."""
     rewards: dict[str, float]
-    """The mean rewards `chosen` and `rejected`, their `margins`, and the `accuracies`."""
+    """The mean rewards `chosen` and `rejected`, their `margins`, and `accuracies` (KTO: `kl`)."""
 
     def as_json(self) -> dict[str, Any]:
         return self._asdict()
@@ -184,7 +184,8 @@ def together(evaluations: Iterable[Evaluation]) -> Evaluation:
         pairs = sum(one.pairs for one in of_pairs)
         loss = sum(one.loss * one.pairs for one in of_pairs) / pairs
         rewards = {
-            name: sum(one.rewards[name] * one.pairs for one in of_pairs) / pairs for name in REWARDS
+            name: sum(one.rewards[name] * one.pairs for one in of_pairs) / pairs
+            for name in of_pairs[0].rewards
         }
         return PairEvaluation(loss, pairs, sequences, rewards)
     of_tokens = [one for one in found if isinstance(one, TokenEvaluation)]

@@ -1,13 +1,14 @@
-"""What a loss is (`TrainingLoss`), and those of `[loss]`: cross-entropy, DPO, and distillation.
+"""What a loss is (`TrainingLoss`), and those of `[loss]`: cross-entropy, preferences, distillation.
 
-DPO and distillation read a second, frozen model besides the trained one: it has the same mesh and
-reads the same batches, without gradient.
+DPO, IPO, KTO and distillation read a second, frozen model besides the trained one: it has the same
+mesh and reads the same batches, without gradient.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,11 +20,19 @@ from torch.distributed.tensor import DTensor
 
 from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.checkpoint.initial import initialize
+from titan_ulysses.config.schema import PREFERENCES, REFERRING
 from titan_ulysses.data.loader import Batch, Loader
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
-from titan_ulysses.memory.losses import distillation_losses, dpo_loss
+from titan_ulysses.memory.losses import (
+    distillation_losses,
+    dpo_loss,
+    ipo_loss,
+    kto_loss,
+    odds_ratio_loss,
+    simpo_loss,
+)
 from titan_ulysses.model import hf
 from titan_ulysses.model.freezing import fingerprint
 from titan_ulysses.model.lora import adapters_off
@@ -45,6 +54,9 @@ if TYPE_CHECKING:
 
     from titan_ulysses.config.schema import Config, Loss
     from titan_ulysses.setup.resolve import RunSpec
+
+
+LOSS_NAMES = {"dpo": "DPO", "ipo": "IPO", "simpo": "SimPO", "orpo": "ORPO", "kto": "KTO"}
 
 
 class BatchLoss(NamedTuple):
@@ -92,7 +104,9 @@ class TrainingLoss(ABC):
 
     @abstractmethod
     def count(self, batches: list[Batch]) -> Tensor:
-        """Return how many labels (or pairs) the loss of a step is the mean over, on all ranks."""
+        """Return how many labels the loss of a step is the mean over, on all ranks; what `forward`
+        takes. Of pairs, it is [2]: see there.
+        """
 
     @abstractmethod
     def forward(self, batch: Batch, count: Tensor) -> BatchLoss:
@@ -103,7 +117,7 @@ class TrainingLoss(ABC):
         """Return the mean loss of so many held-out sequences (0: all), without gradient."""
 
     def describe(self, config: Config) -> str:
-        """Return a line about the loss; empty for cross-entropy."""
+        """Return a line about the loss; empty for plain cross-entropy."""
         return ""
 
     def allocate(self, *, parameter_offload: bool) -> None:
@@ -133,6 +147,10 @@ class TrainingLoss(ABC):
 class CrossEntropy(TrainingLoss):
     """The cross-entropy of the next token."""
 
+    def describe(self, config: Config) -> str:
+        smoothing = config.loss.label_smoothing
+        return f"loss: cross-entropy, label smoothing {smoothing:g}" if smoothing else ""
+
     def count(self, batches: list[Batch]) -> Tensor:
         labels = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
         dist.all_reduce(labels, group=self.mesh.loss.get_group())
@@ -156,13 +174,27 @@ class CrossEntropy(TrainingLoss):
         return {}
 
 
-class DPO(TrainingLoss):
-    """Sigmoid DPO of pairs of completions (arXiv 2305.18290, equation 7).
+class Completions(NamedTuple):
+    """Sums over the tokens of the N completions of this rank's rows, each [N] fp64."""
+
+    log_probs: Tensor
+    """log-probabilities of the completion"""
+    tokens: Tensor
+    """their number"""
+    with_prompt: Tensor
+    """log-probabilities of all labels of the document; those of the prompt have some for ORPO"""
+
+    def means(self) -> Tensor:
+        return self.log_probs / self.tokens.clamp(min=1)
+
+
+class PreferenceLoss(TrainingLoss):
+    """DPO, IPO, SimPO and ORPO of pairs of completions (formulas: memory/losses.py).
 
     The documents of a row are chosen, rejected, chosen, rejected, ...; padding may follow. The
     labels are those of the completions. Without a second model the reference is the model itself,
     with its adapters off; or its log-probabilities come with the batches (see references.py), and
-    `stored` is the checksum of its weights.
+    `stored` is the checksum of its weights. SimPO and ORPO have no reference.
     """
 
     setting = "reference"
@@ -172,47 +204,71 @@ class DPO(TrainingLoss):
         model: PreTrainedModel,
         mesh: Mesh,
         frozen: PreTrainedModel | None,
+        config: Loss,
         *,
-        beta: float,
         stored: int | None = None,
     ):
         super().__init__(model, mesh, frozen)
-        self.beta, self._fingerprint = beta, stored
+        self.config, self._fingerprint = config, stored
+        self.refers = config.name in REFERRING
 
-    def count(self, batches: list[Batch]) -> Tensor:
-        pairs = sum(pairs_of(row) for batch in batches for row in batch.documents)
-        count = torch.tensor(pairs, device=self.mesh.device)
-        dist.all_reduce(count, group=self.mesh.batch.get_group())
-        return count
+    def count(self, batches: Iterable[Batch]) -> Tensor:
+        """Return the number of pairs, and that of labels of the chosen with their prompts."""
+        pairs = labels = 0
+        for row in (row for batch in batches for row in batch.filled):
+            pairs += pairs_of(row)
+            labels += sum(length - 1 for length in row[: 2 * pairs_of(row) : 2])
+        return self._of_all_ranks(torch.tensor([pairs, labels], device=self.mesh.device))
 
     def forward(self, batch: Batch, count: Tensor) -> BatchLoss:
-        each, rewards = self.of_pairs(batch)
-        loss = each.sum() / count.clamp(min=1)
-        of_rows = [pairs_of(row) for row in batch.documents]
+        of_rows = [*map(pairs_of, batch.filled), *([0] * batch.fill_rows)]
+        each, metrics = self._of_pairs(batch, count.clamp(min=1))
+        each, pairs = each[: sum(of_rows)], count[0].clamp(min=1)
+        loss = each.sum() / pairs
         sums = torch.stack([part.sum() for part in each.detach().split(of_rows)])
-        data_parallel = self.mesh.batch.get_group()
-        mean_rewards = rewards.sum(dim=0) / count.clamp(min=1)
-        dist.all_reduce(mean_rewards, group=data_parallel)
+        totals = self._of_all_ranks(
+            torch.stack([value[: len(each)].sum() for value in metrics.values()])
+        )
         # The ranks that share a sequence compute the same loss: each owns a part of it.
         return BatchLoss(
-            SumOverRanks.apply(loss, torch.float64, data_parallel),
+            SumOverRanks.apply(loss, torch.float64, self.mesh.batch.get_group()),
             loss.detach() / self.mesh.sp.size(),
             torch.stack([sums, sums.new_tensor(of_rows)]) / self.mesh.sp.size(),
-            metrics=dict(zip(REWARDS, mean_rewards.unbind(), strict=True)),
+            metrics=dict(zip(metrics, totals.unbind(), strict=True)),
         )
 
-    def of_pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the loss of each pair of this rank's rows, and its rewards, both in fp64.
+    def _of_pairs(self, batch: Batch, count: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of each pair of this rank's rows [N], and what it adds to the metrics.
 
-        The losses [N] have gradients. The rewards [N, 4] are the REWARDS: beta times the logarithm
-        of a completion's probability over that of the reference. Collective.
+        The losses have gradients. The metrics [N] are means over `count` pairs: beta times the
+        logarithm of a completion's probability, or of its ratio to that of the reference.
+        Collective.
         """
-        other = self.reference_of(batch)
+        config, smoothing = self.config, self.config.label_smoothing
+        reference = self.reference_of(batch) if self.refers else None
         policy = self._completions(self.model, batch)
-        each = dpo_loss(policy[::2], policy[1::2], other[::2], other[1::2], beta=self.beta)
-        rewards = self.beta * (policy.detach() - other).view(-1, 2)
-        margins = rewards[:, 0] - rewards[:, 1]
-        return each, torch.stack([*rewards.unbind(1), margins, (margins > 0).double()], dim=1)
+        scores = policy.means() if config.name in ("simpo", "orpo") else policy.log_probs
+        if config.name == "dpo":
+            own, other = _split(scores), _split(reference)
+            each = dpo_loss(*own, *other, beta=config.beta, label_smoothing=smoothing)
+        elif config.name == "ipo":
+            other = _split(reference / policy.tokens.clamp(min=1))
+            each = ipo_loss(*_split(policy.means()), *other, beta=config.beta)
+        elif config.name == "simpo":
+            gamma = config.simpo_gamma
+            each = simpo_loss(
+                *_split(scores), beta=config.beta, gamma=gamma, label_smoothing=smoothing
+            )
+        else:
+            each = odds_ratio_loss(*_split(scores), beta=config.beta)
+            # The cross-entropy of prompts and chosen completions is a mean over their tokens.
+            each = each - policy.with_prompt[::2] * count[0] / count[1]
+        rewards = scores.detach() if reference is None else scores.detach() - reference
+        chosen, rejected = (config.beta * rewards / count[0]).view(-1, 2).unbind(1)
+        accuracies = (chosen > rejected).double() / count[0]
+        return each, dict(
+            zip(REWARDS, (chosen, rejected, chosen - rejected, accuracies), strict=True)
+        )
 
     def reference_of(self, batch: Batch) -> Tensor:
         """Return the reference's log-probability of each completion of this rank's rows.
@@ -222,7 +278,7 @@ class DPO(TrainingLoss):
         if batch.reference is not None:
             return batch.reference
         with torch.no_grad(), self._reference() as reference:
-            return self._completions(reference, batch)
+            return self._completions(reference, batch).log_probs
 
     def give_up_reference(self) -> None:
         """Drop the second model: from now on all batches have its log-probabilities. Collective."""
@@ -230,31 +286,41 @@ class DPO(TrainingLoss):
         self.frozen = None
 
     def describe(self, config: Config) -> str:
-        where = config.loss.reference or "the weights that the run begins with"
-        if config.lora.rank and not config.loss.reference:
+        loss = config.loss
+        what = "completions, each good or bad" if loss.name == "kto" else "pairs of completions"
+        found = f"loss: {LOSS_NAMES[loss.name]} of {what}, beta {loss.beta:g}"
+        found += f", gamma {loss.simpo_gamma:g}" if loss.name == "simpo" else ""
+        if loss.label_smoothing:
+            found += f", label smoothing {loss.label_smoothing:g}"
+        if not self.refers:
+            return f"{found}, without a reference"
+        where = loss.reference or "the weights that the run begins with"
+        if config.lora.rank and not loss.reference:
             where = "the model without its adapters"
-        before = ", computed before training" if config.loss.precompute_reference else ""
-        return f"loss: DPO of pairs of completions, beta {self.beta:g}, reference: {where}{before}"
+        before = ", computed before training" if loss.precompute_reference else ""
+        return f"{found}, reference: {where}{before}"
 
     @torch.no_grad()
     def evaluate(self, loader: Loader, sequences: int) -> PairEvaluation:
-        batches = held_out_batches(loader, sequences)
-        # The sum of losses, those of the rewards, and the number of pairs.
-        sums = torch.zeros(2 + len(REWARDS), dtype=torch.float64, device=self.mesh.device)
+        """All held-out batches are one step, of which the loss is computed."""
+        chosen = held_out_batches(loader, sequences)
+
+        def batches() -> Iterator[Batch]:
+            return (loader.read(indices).to(self.mesh.device) for indices in chosen)
+
+        loss, metrics = torch.zeros((), dtype=torch.float64), Counter[str]()
         with evaluating(self.model):
-            for indices in batches:
-                batch = loader.read(indices).to(self.mesh.device)
-                each, rewards = self.of_pairs(batch)
-                # Rows that fill up a batch come last.
-                rows = max(0, len(indices) - loader.batch_rank * loader.batch_size)
-                count = sum(map(pairs_of, batch.documents[:rows]))
-                sums[0] += each[:count].sum()
-                sums[1:-1] += rewards[:count].sum(dim=0)
-                sums[-1] += count
+            count = self.count(batches())
+            for batch in batches():
+                found = self.forward(batch, count)
+                loss = loss + found.loss.cpu()
+                metrics.update({name: value.item() for name, value in found.metrics.items()})
+        return PairEvaluation(loss.item(), int(count[0]), sum(map(len, chosen)), dict(metrics))
+
+    def _of_all_ranks(self, sums: Tensor) -> Tensor:
+        """Return the sum over the ranks with other rows. Those of a sequence have the same."""
         dist.all_reduce(sums, group=self.mesh.batch.get_group())
-        loss, *rewards_sums, pairs = sums.tolist()
-        rewards = dict(zip(REWARDS, (value / pairs for value in rewards_sums), strict=True))
-        return PairEvaluation(loss / pairs, int(pairs), sum(map(len, batches)), rewards)
+        return sums
 
     @contextmanager
     def _reference(self) -> Iterator[PreTrainedModel]:
@@ -264,16 +330,20 @@ class DPO(TrainingLoss):
             with evaluating(self.model), adapters_off(self.model):
                 yield self.model
 
-    def _completions(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        """Return the log-probability of each completion of this rank's rows, [2 * pairs] fp64.
+    def _completions(self, model: PreTrainedModel, batch: Batch) -> Completions:
+        """Return the sums of all completions of this rank's rows, 2 of each pair.
 
-        It is that of all its tokens, on each of the ranks that share them. Collective.
+        They are those of all tokens, on each of the ranks that share them. Collective.
         """
-        each = model(**batch.inputs(), reduction="none").loss
+        each = -model(**batch.inputs(), reduction="none").loss.flatten().double()
+        is_label = (batch.labels != IGNORE_INDEX).flatten()
+        own = batch.loss_inputs["completion"].flatten() if batch.loss_inputs else is_label
         place, count = self._places(batch)
-        sums = torch.zeros(count + 1, dtype=torch.float64, device=each.device)
-        sums = sums.index_add(0, place, -each.flatten().double())
-        return SumOverRanks.apply(sums, torch.float64, self.mesh.sp.get_group())[:count]
+        columns = torch.stack([each * own, own.double(), each])
+        sums = torch.zeros(3, count + 1, dtype=torch.float64, device=each.device)
+        sums = sums.index_add(1, place, columns)
+        sums = SumOverRanks.apply(sums, torch.float64, self.mesh.sp.get_group())
+        return Completions(*sums[:, :count].unbind())
 
     def _places(self, batch: Batch) -> tuple[Tensor, int]:
         """Return which completion each of this rank's tokens is of [B * T], and their number.
@@ -289,6 +359,64 @@ class DPO(TrainingLoss):
             first += own
         place = self.mesh.local_slice(torch.stack(wholes), chunk_tokens=batch.chunk_tokens)
         return place.flatten().to(self.mesh.device), count
+
+
+class KTO(PreferenceLoss):
+    """KTO of completions that are desirable or not (`kto_loss`).
+
+    A row's pair is its own completion and that of another row, behind the same prompt. The mean
+    logarithm of the latter's probability over that of the reference, over all rows of a step, is
+    the estimate of the divergence, at least 0.
+    """
+
+    def __init__(self, *arguments: Any, **keywords: Any):
+        super().__init__(*arguments, **keywords)
+        self._kl: Tensor | None = None
+        """of the step; None where a step has one batch, whose forward has what it takes"""
+        self._known: deque[Tensor] = deque()
+        """what the reference said of the batches of the step"""
+
+    def count(self, batches: Iterable[Batch]) -> Tensor:
+        """Return the number of rows, and that of desirable ones; compute the divergence."""
+        one = len(batches) == 1 if isinstance(batches, list) else False
+        count = torch.zeros(2, dtype=torch.int64, device=self.mesh.device)
+        ratios = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        self._known.clear()
+        for batch in batches:
+            rows = sum(map(pairs_of, batch.filled))
+            count += torch.stack([count.new_tensor(rows), batch.desirable[:rows].sum()])
+            if not one:
+                self._known.append(self.reference_of(batch))
+                with torch.no_grad(), evaluating(self.model):
+                    policy = self._completions(self.model, batch)
+                ratios += (policy.log_probs - self._known[-1])[1 : 2 * rows : 2].sum()
+        count = self._of_all_ranks(count)
+        self._kl = None if one else self._divergence(ratios, count)
+        return count
+
+    def _divergence(self, ratios: Tensor, count: Tensor) -> Tensor:
+        return (self._of_all_ranks(ratios) / count[0].clamp(min=1)).clamp(min=0)
+
+    def _of_pairs(self, batch: Batch, count: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        config, desirable = self.config, batch.desirable
+        reference = self._known.popleft() if self._known else self.reference_of(batch)
+        assert desirable is not None
+        policy = self._completions(self.model, batch)
+        ratios, others = (policy.log_probs - reference).view(-1, 2).unbind(1)
+        rows = sum(map(pairs_of, batch.filled))
+        kl = self._divergence(others[:rows].detach().sum(), count) if self._kl is None else self._kl
+        weights = config.desirable_weight, config.undesirable_weight
+        each = kto_loss(ratios, desirable, kl, beta=config.beta, weights=weights)
+        rewards = config.beta * ratios.detach()
+        chosen = (rewards / count[1]).where(desirable, 0)
+        rejected = (rewards / (count[0] - count[1]).clamp(min=1)).where(~desirable, 0)
+        metrics = (chosen, rejected, chosen - rejected, (kl / count[0]).expand_as(chosen))
+        return each, dict(zip((*REWARDS[:3], "kl"), metrics, strict=True))
+
+
+def _split(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return those [N] of the chosen and of the rejected completions, of values [2 * N]."""
+    return values[::2], values[1::2]
 
 
 class Distillation(CrossEntropy):
@@ -372,6 +500,7 @@ def build_loss(
     frozen = None
     if spec.frozen is not None and stored is None:
         frozen = build_frozen(spec.frozen, mesh, wrap=wrap)
-    if config.name == "dpo":
-        return DPO(model, mesh, frozen, beta=config.beta, stored=stored)
+    if config.name in PREFERENCES:
+        kind = KTO if config.name == "kto" else PreferenceLoss
+        return kind(model, mesh, frozen, config, stored=stored)
     return Distillation(model, mesh, frozen, config)

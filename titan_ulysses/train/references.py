@@ -1,4 +1,4 @@
-"""Log-probabilities of DPO's reference, computed once before the first step.
+"""Log-probabilities of the reference of DPO, IPO or KTO, computed once before the first step.
 
 The reference gives each pair of completions two numbers that never change. They are kept with the
 tokenized pairs (`Corpus.reference`), so that no step computes them again, and the reference itself
@@ -33,7 +33,7 @@ from titan_ulysses.train.summary import print_wrapped
 
 if TYPE_CHECKING:
     from titan_ulysses.config.schema import Config
-    from titan_ulysses.train.loss import DPO
+    from titan_ulysses.train.loss import PreferenceLoss
 
 FILE = "reference.safetensors"
 _SETTINGS = ("loss.reference", "model.rope_scaling", "training.param_dtype")
@@ -76,7 +76,11 @@ class References:
         return fingerprint
 
     def compute(
-        self, loss: DPO, loader_of: Callable[[SampleStream], Loader], mesh: Mesh, console: Console
+        self,
+        loss: PreferenceLoss,
+        loader_of: Callable[[SampleStream], Loader],
+        mesh: Mesh,
+        console: Console,
     ) -> None:
         """Compute them, and give up the reference. Collective."""
         pairs = sum(len(stream.corpus) for stream in self.streams.values())
@@ -129,7 +133,12 @@ class References:
 
 
 def _table(
-    loss: DPO, loader: Loader, stream: PaddedSequences, mesh: Mesh, *, done: Callable[[], None]
+    loss: PreferenceLoss,
+    loader: Loader,
+    stream: PaddedSequences,
+    mesh: Mesh,
+    *,
+    done: Callable[[], None],
 ) -> Tensor:
     """Return the log-probabilities [documents, 2] of a corpus, in fp64 on the host. Collective."""
     device = mesh.device

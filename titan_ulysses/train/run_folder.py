@@ -140,8 +140,8 @@ class Checkpoints:
             self.checkpointer.finish()
         return self.checkpointer.latest() if self.config.checkpoint.enable else None
 
-    def are_due(self, step: int) -> bool:
-        config = self.config
+    def are_due(self, state: TrainState) -> bool:
+        config, step = state.config, state.step
         return config.checkpoint.enable and (
             step % config.checkpoint.interval == 0 or step == config.training.steps
         )
@@ -154,7 +154,7 @@ class Checkpoints:
             part = min(1.0, ranks / (degrees.shard * degrees.sequence))
         assert state.optimizer is not None
         return disk_needs(
-            self.config,
+            state.config,
             self.folder,
             model=int(part * saved_bytes(state.model)),
             optimizer=int(part * expected_bytes(state.optimizer)),

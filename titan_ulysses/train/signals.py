@@ -47,6 +47,11 @@ class StopSignals:
     def received(self) -> bool:
         return self._first is not None
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether it was Ctrl-C."""
+        return self._first is not None and self._first[0] == signal.SIGINT
+
     def why_ended(self, step: int, *, saves: bool, another_host_joins: bool) -> tuple[str, bool]:
         """Return why the run stops after `step`, and whether to ask the launcher to start it again.
 

@@ -236,16 +236,25 @@ def gradient_norms(gradients: list[Tensor]) -> GradientNorms:
 def learning_rate(step: int, config: Config) -> float:
     """Return the learning rate of step `step`, counted from 0.
 
-    After a linear warmup it follows decay_type. A decay ends at the last step, at min_lr_ratio
-    times the peak.
+    After a linear warmup, and what is constant before the decay, it follows decay_type. A decay
+    ends at the last step, at min_lr_ratio times the peak. `config` is `counted`.
     """
-    lr_scheduler, peak = config.lr_scheduler, config.optimizer.lr
-    if step < lr_scheduler.warmup_steps:
-        return peak * (step + 1) / lr_scheduler.warmup_steps
-    done = (step - lr_scheduler.warmup_steps) / max(
-        1, config.training.steps - 1 - lr_scheduler.warmup_steps
-    )
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
-        lr_scheduler.decay_type
-    ]
-    return peak * (lr_scheduler.min_lr_ratio + (1 - lr_scheduler.min_lr_ratio) * shape)
+    scheduler, peak, steps = config.lr_scheduler, config.optimizer.lr, config.training.steps
+    warmup, least = scheduler.warmup_steps, scheduler.min_lr_ratio
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if scheduler.decay_type == "inverse_sqrt":
+        unit = warmup or 10_000
+        return peak * max(least, math.sqrt(unit / (step - warmup + unit)))
+    begins = warmup
+    if scheduler.decay_ratio < 1:
+        begins = max(warmup, steps - round(scheduler.decay_ratio * steps))
+    done = max(0, step - begins) / max(1, steps - 1 - begins)
+    in_cycle = 1.0 if done == 1 else scheduler.cycles * done % 1
+    shape = {
+        "constant": 1.0,
+        "linear": 1 - done,
+        "cosine": (1 + math.cos(math.pi * in_cycle)) / 2,
+        "sqrt": 1 - math.sqrt(done),
+    }[scheduler.decay_type]
+    return peak * (least + (1 - least) * shape)

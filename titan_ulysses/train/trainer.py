@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
+import time
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -41,10 +43,11 @@ from titan_ulysses.optim.optimizer import build_optimizer
 from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.resolve import RunSpec, check_machine, resolve
+from titan_ulysses.train.counting import counted
 from titan_ulysses.train.evaluation import Best, Evaluation, held_out_batches, together
 from titan_ulysses.train.health import Health
 from titan_ulysses.train.log import StepLog
-from titan_ulysses.train.loss import DPO, build_loss
+from titan_ulysses.train.loss import PreferenceLoss, build_loss
 from titan_ulysses.train.preflight import (
     Preflight,
     explained_out_of_memory,
@@ -75,6 +78,7 @@ class Trainer:
 
     def __init__(self, config: Config, *, eval_only: bool = False, own_process: bool = False):
         self.config, self._eval_only, self._own_process = config, eval_only, own_process
+        self._given, self._began, self._time_is_up = config, time.monotonic(), False
         self.console = Console(quiet=int(os.environ.get("RANK", 0)) != 0)  # only rank 0 prints
         self.run_folder = RunFolder(config, say=self._say)
         self.folder = self.run_folder.path
@@ -120,6 +124,11 @@ class Trainer:
                 "and model.path is not set. Train first, or set model.path to a folder with "
                 "weights, such as the export/ of a run."
             )
+        if training is not None:
+            self.config, self._counted = counted(
+                config, training, sequences_per_step=spec.degrees.global_batch_size
+            )
+            spec = spec.with_config(self.config, spec.degrees)
         return spec, training, sets if held_out is None else {"": held_out}
 
     # --- build: mesh, loaders, model --------------------------------------------------------------
@@ -200,7 +209,7 @@ class Trainer:
         if not self._eval_only:
             # Not earlier: a refused command must not replace the config of an existing run.
             self.run_folder.open()
-            self.run_folder.write("config.toml", dump_toml(config))
+            self.run_folder.write("config.toml", dump_toml(self._given))
             self.checkpointer.remove_unfinished()
             self.checkpointer.set_damaged_aside()
         self.health = Health(
@@ -209,8 +218,10 @@ class Trainer:
         self.log = StepLog(state, preflight=self.preflight, say=self._say)
         counts_files = self.log.peak_memory.counts_files
         print_run_summary(state, self.console, plan=plan, counts_files=counts_files)
+        for line in [] if self._eval_only else self._counted:
+            print_wrapped(self.console, line)
         if self.references and not self.references.are_there:
-            assert isinstance(state.loss, DPO)
+            assert isinstance(state.loss, PreferenceLoss)
             self.references.compute(state.loss, self._open_loader, state.mesh, self.console)
             if config.checkpoint.enable and not self._eval_only:
                 content = self.references.as_bytes(state.loss.fingerprint())
@@ -272,6 +283,11 @@ class Trainer:
         if state.is_over:
             self._finish()
             return
+        if self._time_is_up:
+            done = "The same command goes on from there." if config.checkpoint.enable else ""
+            hours = f"training.max_hours = {config.training.max_hours:g}"
+            self._say(f"{hours} are over: stopped after step {state.step}. {done}")
+            return
         why, starts_again = self.signals.why_ended(
             state.step,
             saves=config.checkpoint.enable,
@@ -280,6 +296,8 @@ class Trainer:
         self._say(why)
         if starts_again:
             leave_together(RESTART)
+        if self._own_process and self.signals.interrupted and "RANK" not in os.environ:
+            raise SystemExit(128 + signal.SIGINT)  # what a shell script stops at
 
     def _loop(self) -> None:
         state, config, log = self.state, self.config, self.log
@@ -309,7 +327,7 @@ class Trainer:
                 self.progress.finish_step()
                 log.note(batches)
                 del batches  # so that they do not stay on the device beside the next ones
-                saves = self.checkpoints.are_due(state.step)
+                saves = self.checkpoints.are_due(state)
                 if saves or state.step % config.metrics.log_interval == 0 or state.step == total:
                     # This waits until the device has finished the step.
                     self.health.expect_finite_steps()
@@ -399,13 +417,16 @@ class Trainer:
         host.
         """
         stop = 2 if self.signals.received else int(self.signals.hosts_change)
-        flags = torch.tensor([stop, int(self.checkpointer.save_has_failed)])
+        hours, limit = (time.monotonic() - self._began) / 3600, self.config.training.max_hours
+        is_late = int(0 < limit <= hours)
+        flags = torch.tensor([stop, int(self.checkpointer.save_has_failed), is_late])
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-        stop, save_has_failed = flags.tolist()
+        stop, save_has_failed, is_late = flags.tolist()
+        self._time_is_up = bool(is_late and not stop)
         if save_has_failed:
             self.checkpointer.retry_failed()
         self._another_host_joins = stop == 1
-        return bool(stop)
+        return bool(stop or is_late)
 
     # --- the end ----------------------------------------------------------------------------------
 

@@ -87,19 +87,20 @@ _POSITIONS = "the model's max_position_embeddings"
 
 
 def _epochs(value: int, values: Flat) -> Flat:
-    if values.get("train_iters") or (value == 1 and values.get("exit_iteration")):
-        return {}
-    raise Lost("set training.steps, or plan.tokens for the cost")
+    return {} if values.get("train_iters") else {"training.epochs": value}
 
 
 def _warmup(share: float, values: Flat) -> Flat:
-    steps = values.get("train_iters") or 0
-    if share and not steps:
+    if steps := values.get("train_iters"):
+        return to.warmup(share, steps)
+    found = {"lr_scheduler.warmup_ratio": share}
+    if share and values.get("exit_iteration"):
         raise Lost(
             "a share of the steps of all epochs, as is the decay, even if exit_iteration ends the "
-            "run before: set lr_scheduler.warmup_steps"
+            "run before: set lr_scheduler.warmup_steps",
+            found,
         )
-    return to.warmup(share, steps)
+    return found
 
 
 def _checkpoint(value: Any, _: Flat) -> Flat:
@@ -107,8 +108,9 @@ def _checkpoint(value: Any, _: Flat) -> Flat:
     for one in value if isinstance(value, list) else [value]:
         if one.get("enabled") is False:
             continue
-        if one.get("save_every_n_epochs"):
-            raise Lost("save_every_n_epochs: set checkpoint.interval, in steps")
+        if epochs := one.get("save_every_n_epochs"):
+            every = "epoch" if epochs == 1 else f"{epochs} epoch"
+            found |= {"checkpoint.enable": True, "checkpoint.interval": every}
         if one.get("type") == "huggingface":
             found["checkpoint.export"] = True
         else:
@@ -127,7 +129,7 @@ ARCTIC = to.Format(
         to.accumulation(batch="micro_batch_size", sequence=["sequence_parallel_size"]),
         to.same("exit_iteration train_iters", "training.steps"),
         to.needless("min_iterations", "the data is repeated for training.steps"),
-        to.computed("epochs", "set `training.steps`, or `plan.tokens` for the cost", _epochs),
+        to.computed("epochs", "`training.epochs`, without train_iters", _epochs),
         to.same("seed data.seed", "training.seed"),
         to.same("sequence_parallel_size", to.SEQUENCE),
         to.only("expert_parallel_size", (1,), "no expert parallelism"),
@@ -201,7 +203,9 @@ ARCTIC = to.Format(
         ),
         to.needless("scheduler.type", "see [lr_scheduler]"),
         to.computed(
-            "scheduler.warmup_ratio", "`lr_scheduler.warmup_steps`, of `train_iters`", _warmup
+            "scheduler.warmup_ratio",
+            "`lr_scheduler.warmup_ratio`; `lr_scheduler.warmup_steps`, of train_iters",
+            _warmup,
         ),
         to.computed(
             "checkpoint", "`checkpoint.*`; of type huggingface: `checkpoint.export`", _checkpoint

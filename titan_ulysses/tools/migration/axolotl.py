@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
+from titan_ulysses.config.schema import PAIRED, PREFERENCES
 from titan_ulysses.tools.migration import key_rules as to
 from titan_ulysses.tools.migration.key_rules import Flat, Lost
 
@@ -33,12 +36,18 @@ def _dataset(entry: Any, values: Flat) -> tuple[Flat, str]:
     if entry.get("data_files"):
         return {}, f"of {path}: data_files: download them, and name the folder in data.path"
     found: Flat = {"path": path}
-    if values.get("rl") == "dpo" and kind in _PAIRS:
+    if values.get("rl") in PAIRED and kind in _PAIRS:
         found |= {"source": "preference", "prompt_field": entry.get("field_messages") or "messages"}
         for name in ("chosen", "rejected"):
             found[f"{name}_field"] = entry.get(f"field_{name}") or name
+    elif values.get("rl") == "kto":
+        found |= {"source": "unpaired"}
+        return found, f"of {path}: its fields: name them (data.prompt_field and others)"
     elif kind == "chat_template":
         found |= {"source": "chat", "messages_field": entry.get("field_messages") or "messages"}
+        found |= _names_of(entry)
+    elif kind in ("sharegpt", "alpaca"):
+        found |= {"source": "chat"}
     elif kind in _TEXTS:
         found |= {"source": "hf", "text_field": entry.get("field") or "text"}
     else:
@@ -52,20 +61,37 @@ def _dataset(entry: Any, values: Flat) -> tuple[Flat, str]:
     return found, _lost_of(entry)
 
 
+def _names_of(entry: Any) -> Flat:
+    """Return the names of fields and roles of a dataset of chats, where they are not ours."""
+    mapping = entry.get("message_property_mappings") or {}
+    mapping |= {
+        name: entry[f"message_field_{name}"]
+        for name in ("role", "content")
+        if entry.get(f"message_field_{name}")
+    }
+    fields = {ours: theirs for ours, theirs in mapping.items() if ours != theirs}
+    roles = {
+        theirs: ours
+        for ours, names in (entry.get("roles") or {}).items()
+        for theirs in names
+        if theirs != ours
+    }
+    found = {"message_fields": fields, "roles": roles}
+    return {key: value for key, value in found.items() if value}
+
+
 def _lost_of(entry: Any) -> str:
     """Return what a dataset has beyond its rows, and we do not."""
     known = {"path", "type", "field", "split", "name", "ds_type"}
     known |= {"field_messages", "field_chosen", "field_rejected"}
-    mapping = entry.get("message_property_mappings") or {}
-    if all(ours == theirs for ours, theirs in mapping.items()):
-        known.add("message_property_mappings")
+    if _kind(entry) == "chat_template":
+        known |= {"message_property_mappings", "message_field_role", "message_field_content"}
+        known.add("roles")
+    if _kind(entry) == "alpaca":
+        return f"of {entry['path']}: type alpaca: prompts are those of the chat template"
     others = [key for key in entry if key not in known and entry[key] != _SAME.get(key)]
     more = sorted(key for key in others if entry[key] not in (None, False, [], {}))
-    if not more:
-        return ""
-    renamed = any(key.startswith(("message_property", "message_field")) for key in more)
-    advice = ": make each row a list of {role, content}" if renamed else ""
-    return f"of {entry['path']}: {', '.join(more)}{advice}"
+    return f"of {entry['path']}: {', '.join(more)}" if more else ""
 
 
 def _datasets(value: Any, values: Flat) -> Flat:
@@ -125,9 +151,13 @@ def _long(value: str, values: Flat) -> Flat:
 
 
 def _epochs(value: float, values: Flat) -> Flat:
-    if values.get("max_steps"):
-        return {}
-    raise Lost("set training.steps, or plan.tokens for the cost")
+    return {} if values.get("max_steps") else {"training.epochs": value}
+
+
+def _of_epoch(section: str, value: float, _: Flat) -> Flat:
+    """Return the interval of so many validations or checkpoints an epoch."""
+    share = "epoch" if value == 1 else f"{1 / value:.6g} epoch"
+    return {f"{section}.enable": True, f"{section}.interval": share} if value else {}
 
 
 _AT_MOST = "0.03, at most 100 steps"
@@ -142,6 +172,10 @@ def _warmup(value: float, values: Flat) -> Flat:
 def _warmup_ratio(share: float | str, values: Flat) -> Flat:
     if share == _AT_MOST and values.get("warmup_steps") is not None:
         return {}
+    if not values.get("max_steps"):
+        if share == _AT_MOST:
+            raise Lost("its share is of at most 100 steps", {"lr_scheduler.warmup_ratio": 0.03})
+        return {"lr_scheduler.warmup_ratio": float(share)}
     found = to.warmup(0.03 if share == _AT_MOST else float(share), values.get("max_steps") or 0)
     steps = found["lr_scheduler.warmup_steps"]
     if share == _AT_MOST:
@@ -152,16 +186,24 @@ def _warmup_ratio(share: float | str, values: Flat) -> Flat:
 _OTHERS = "docs/trainers.md has TRL's trainers in sequence parallelism"
 
 
-def _rl(value: str, _: Flat) -> Flat:
-    if value and value != "dpo":
+def _rl(value: str, values: Flat) -> Flat:
+    if value and value not in PREFERENCES:
         raise Lost(_OTHERS)
-    return {"loss.name": "dpo"} if value else {}
+    found = {"loss.name": value} if value else {}
+    if value == "simpo" and values.get("cpo_alpha") != 0:
+        raise Lost("cpo_alpha, 1 unless it is set, adds a cross-entropy that is not here", found)
+    return found
 
 
-def _rl_beta(value: float, values: Flat) -> Flat:
-    if values.get("rl") != "dpo":
-        raise Lost(_OTHERS)
-    return {"loss.beta": value}
+def _of_loss(ours: str, *losses: str) -> Callable[[Any, Flat], Flat]:
+    """Return the rule of a key that some of the losses read."""
+
+    def become(value: Any, values: Flat) -> Flat:
+        if values.get("rl") not in losses:
+            raise Lost(_OTHERS)
+        return {ours: value}
+
+    return become
 
 
 def _output(value: str, _: Flat) -> Flat:
@@ -202,24 +244,50 @@ AXOLOTL = to.Format(
             '`drop`: `data.long_documents = "drop"`, of chats; texts are split',
             _long,
         ),
+        to.computed("rl", "`loss.name`, with datasets of type chat_template.default", _rl),
         to.computed(
-            "rl", '`dpo`: `loss.name = "dpo"`, with datasets of type chat_template.default', _rl
+            "rl_beta trl.beta", "`loss.beta`, of preferences", _of_loss("loss.beta", *PREFERENCES)
         ),
-        to.computed("rl_beta trl.beta", "`loss.beta`, of dpo", _rl_beta),
+        to.computed("orpo_alpha", "`loss.beta`, of orpo", _of_loss("loss.beta", "orpo")),
+        to.computed("simpo_gamma", "loss.simpo_gamma", _of_loss("loss.simpo_gamma", "simpo")),
+        to.needless("cpo_alpha", "see rl"),
+        to.computed(
+            "dpo_label_smoothing",
+            "loss.label_smoothing",
+            _of_loss("loss.label_smoothing", "dpo", "simpo"),
+        ),
+        *(
+            to.computed(f"kto_{kind}_weight", ours, _of_loss(ours, "kto"))
+            for kind in ("desirable", "undesirable")
+            for ours in [f"loss.{kind}_weight"]
+        ),
+        to.same("label_smoothing_factor", "loss.label_smoothing"),
         to.same("micro_batch_size", "training.local_batch_size"),
         to.accumulation(
             batch="micro_batch_size", sequence=["context_parallel_size", "sequence_parallel_degree"]
         ),
-        to.computed("num_epochs", "set `training.steps`, or `plan.tokens` for the cost", _epochs),
+        to.computed("num_epochs", "`training.epochs`, without max_steps", _epochs),
         to.same("max_steps", "training.steps"),
         to.same("learning_rate", "optimizer.lr"),
         to.choice(
             "lr_scheduler",
             "lr_scheduler.decay_type",
-            {"cosine": "cosine", "linear": "linear", "constant constant_with_warmup": "constant"},
+            {
+                "cosine": "cosine",
+                "linear": "linear",
+                "constant constant_with_warmup": "constant",
+                "inverse_sqrt": {
+                    "lr_scheduler.decay_type": "inverse_sqrt",
+                    "lr_scheduler.min_lr_ratio": 0.0,
+                },
+            },
         ),
         to.computed("warmup_steps", "`lr_scheduler.warmup_steps`; a share: of max_steps", _warmup),
-        to.computed("warmup_ratio", "`lr_scheduler.warmup_steps`, of max_steps", _warmup_ratio),
+        to.computed(
+            "warmup_ratio",
+            "`lr_scheduler.warmup_ratio`; `lr_scheduler.warmup_steps`, of max_steps",
+            _warmup_ratio,
+        ),
         to.same("cosine_min_lr_ratio", "lr_scheduler.min_lr_ratio"),
         to.choice(
             "optimizer",
@@ -301,13 +369,13 @@ AXOLOTL = to.Format(
         to.same("logging_steps", "metrics.log_interval"),
         to.same("save_steps", "checkpoint.interval"),
         to.same("save_total_limit", "checkpoint.keep_latest_k"),
-        to.lost("saves_per_epoch", "checkpoint.interval: an interval in steps is needed"),
+        to.computed("saves_per_epoch", "checkpoint.interval", partial(_of_epoch, "checkpoint")),
         to.computed(
             "eval_steps",
             "validation.interval",
             lambda n, _: {"validation.enable": True, "validation.interval": n},
         ),
-        to.lost("evals_per_epoch", "validation.interval: an interval in steps is needed"),
+        to.computed("evals_per_epoch", "validation.interval", partial(_of_epoch, "validation")),
         to.computed(
             "wandb_project",
             "`metrics.enable_wandb`, and WANDB_PROJECT in the environment",
