@@ -13,28 +13,34 @@ from titan_ulysses.distributed.errors import UserError
 
 LONG = {"max_position_embeddings": 2**24}
 WIDE = {"hidden_size": 192, "intermediate_size": 64}  # NF4 has blocks of 64 numbers
-ONE_KIND = {"num_hidden_layers": 8}
-TWO_KINDS = {"num_hidden_layers": 12}
 MODELS = {
-    "llama": LLAMA | ONE_KIND | WIDE,
-    "tied": LLAMA | ONE_KIND | WIDE | {"tie_word_embeddings": True},
-    "qwen3_moe": model_of("qwen3_moe") | ONE_KIND,
-    "gpt_oss": model_of("gpt_oss")
-    | TWO_KINDS
-    | {"layer_types": ["sliding_attention", "full_attention"] * 6},
-    "gemma3_text": model_of("gemma3_text")
-    | TWO_KINDS
-    | {"layer_types": ["sliding_attention", "full_attention"] * 6},
-    "qwen3_next": model_of("qwen3_next")
-    | TWO_KINDS
-    | {"layer_types": ["linear_attention", "full_attention"] * 6},
+    "llama": LLAMA | WIDE,
+    "tied": LLAMA | WIDE | {"tie_word_embeddings": True},
+    "qwen3_moe": model_of("qwen3_moe"),
+    "gpt_oss": model_of("gpt_oss"),
+    "gemma3_text": model_of("gemma3_text"),
+    "qwen3_next": model_of("qwen3_next"),
 }
+KINDS = {
+    "gpt_oss": ["sliding_attention", "full_attention"],
+    "gemma3_text": ["sliding_attention", "full_attention"],
+    "qwen3_next": ["linear_attention", "full_attention"],
+}
+
+
+def model_with(name: str, *, every: int) -> dict:
+    """The config of a model with as many layers as a few can stand for."""
+    kinds = KINDS.get(name, [])
+    layers = 16 if every == 2 else 12 if kinds else 8
+    types = {"layer_types": kinds * (layers // 2)} if kinds else {}
+    return MODELS[name] | LONG | types | {"num_hidden_layers": layers}
 
 
 def setup_of(model: str, settings: dict):
     from titan_ulysses.plan.planner import set_up
 
-    table: dict = {"model": {"config": MODELS[model] | LONG, "tokenizer": "bytes"}}
+    shape = model_with(model, every=settings.get("activation_checkpoint.every", 1))
+    table: dict = {"model": {"config": shape, "tokenizer": "bytes"}}
     for key, value in ({"training.seq_len": 4096} | settings).items():
         section, name = key.split(".")
         table.setdefault(section, {})[name] = value
@@ -75,20 +81,27 @@ def drawn(number: int):
             "parallelism.sequence_parallel_degree": random.choice([1, 2, 4]),
             "parallelism.data_parallel_replicate_degree": random.choice([1, 1, 2]),
             "training.global_batch_size": random.choice([-1, -1, 3 * world]),
-            "memory.stream_chunk_tokens": random.choice([-1, 576]),
-            "memory.stream_offload": random.choice(["none", "host", "disk"]),
+            "memory.stream_chunk_tokens": -1,
             "memory.optimizer_offload": random.random() < 0.2,
             "memory.parameter_offload": random.random() < 0.2,
-            "memory.mlp_tile_tokens": random.choice([0, 300, -1]),
+            "memory.mlp_tile_tokens": random.choice([0, 1000, -1]),
             "activation_checkpoint.mode": "full" if full else "none",
-            "activation_checkpoint.every": random.choice([1, 1, 2]) if full else 1,
-            "activation_checkpoint.offload": random.choice(["none", "host"]),
-            "activation_checkpoint.keep_attention": random.choice(["none", "none", "all"]),
             "lora.rank": 32 if adapters else 0,
             "lora.quantize_base": random.choice(quantized) if adapters else "none",
             "optimizer.name": random.choice(optimizers),
             "checkpoint.enable": random.random() < 0.5,
         }
+        if full:
+            settings |= {
+                "activation_checkpoint.every": random.choice([1, 1, 2]),
+                "activation_checkpoint.offload": random.choice(["none", "host"]),
+            }
+        if full and random.random() < 0.6:
+            settings |= {
+                "memory.stream_chunk_tokens": 1024,
+                "memory.stream_offload": random.choice(["none", "host", "disk"]),
+                "activation_checkpoint.keep_attention": random.choice(["none", "none", "all"]),
+            }
         try:
             return setup_of(model, settings)
         except UserError:
