@@ -53,6 +53,12 @@ class Batch:
     """[2 * pairs] fp64, the reference's log-probabilities of the completions of all rows, if they
     were computed before training (train/references.py).
     """
+    num_documents: int | None = None
+    """Of a classifier, how many documents the whole rows have. `labels` are then the number of the
+    document that ends at a token.
+    """
+    targets: Tensor | None = None
+    """[num_documents, ...]: the classes or values of these documents, whole on each rank."""
     loss_inputs: dict[str, Tensor] = field(default_factory=dict)
     """[B, T, ...] each: what the loss reads of each label, by name."""
 
@@ -83,8 +89,9 @@ class Batch:
             )
         chunk_tokens = chunk_length(stream_chunk_tokens, whole.input_ids.shape[1], degree)
         cut = partial(local_slice, rank=rank, degree=degree, chunk_tokens=chunk_tokens)
-        local = replace(whole, reference=None, chunk_tokens=chunk_tokens)._each_tensor(cut)
-        return replace(local, reference=self.reference)
+        each = replace(whole, reference=None, targets=None, chunk_tokens=chunk_tokens)
+        local = each._each_tensor(cut)
+        return replace(local, reference=self.reference, targets=self.targets)
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy the tensors of the batch to `device`; to a GPU without making the host wait."""
