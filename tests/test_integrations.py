@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer, TrainerCallback, T
 from helpers.meshes import DP2, DP2_SP2, SP2, Degrees, mesh_of
 from helpers.models import LLAMA, STARCODER2
 from helpers.ranks import RankFailure, run_on_ranks
+from test_classifier import classifier_of
 from test_library import real_model
 from test_loss_settings import BETA, LR, PAIRS, dpo, on_ranks, write_material
 from titan_ulysses.data.tokenizer import load_tokenizer
@@ -608,6 +609,36 @@ def test_kto(degrees: Degrees, tmp_path: Path, trl: None) -> None:
     (together if degrees == SP2 else as_ddp)(train_kto, degrees, tmp_path)
 
 
+def train_rewards(degrees: Degrees | None, folder: str, batch: int) -> Shown:
+    quiet()
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    cls, own = kind(RewardTrainer, degrees)
+    watch = Watch()
+    pairs = [
+        {"chosen": f"{i} is {'even' if i % 2 == 0 else 'odd'}", "rejected": "no"[: 1 + i % 2] * i}
+        for i in range(1, 17)
+    ]
+    model = classifier_of(BYTES | {"num_labels": 1, "pad_token_id": 0})
+    arguments = settings(folder, batch, per_device_eval_batch_size=2)
+    trainer = cls(
+        model=model,
+        args=RewardConfig(**arguments, max_length=64, center_rewards_coefficient=0.1),
+        train_dataset=Dataset.from_list(pairs[:12]),
+        eval_dataset=Dataset.from_list(pairs[12:]),
+        processing_class=ByT5Tokenizer(),
+        callbacks=[watch],
+        **own,
+    )
+    return show(trainer, watch)
+
+
+@pytest.mark.parametrize("degrees", MORE_MESHES)
+def test_rewards(degrees: Degrees, tmp_path: Path, trl: None) -> None:
+    together(train_rewards, degrees, tmp_path)
+
+
 # --- DPO from the TOML ----------------------------------------------------------------------------
 
 
@@ -732,12 +763,11 @@ def start_grpo(folder: str) -> None:
 def test_trainers_that_generate_are_refused(tmp_path: Path, trl: None) -> None:
     with pytest.raises(RankFailure, match="it generates with the model it trains"):
         run_on_ranks(2, start_grpo, str(tmp_path))
-    from trl import GRPOTrainer, RewardTrainer, RLOOTrainer
+    from trl import GRPOTrainer, RLOOTrainer
 
     told = {
         GRPOTrainer: "elsewhere by rollout_func, or train",
         RLOOTrainer: "elsewhere to GRPOTrainer, or train",
-        RewardTrainer: "RewardTrainer trains a classifier",
     }
     for base, words in told.items():
         with pytest.raises(UserError, match=words):

@@ -5,7 +5,7 @@ runs. Nothing is run on a GPU here.
     python scripts/bench/published.py --only trl       those whose name has this word
 
 Each measurement has its source, and the settings that come closest to its run: where others split
-a sequence as a ring, the plan has Ulysses. A ratio is the plan's figure divided by the measured one.
+a sequence as a ring, the plan has Ulysses. A ratio is the plan's figure by the measured one.
 Where it is not within `BOUNDS`, `missing` says which cost the plan does not have.
 """
 

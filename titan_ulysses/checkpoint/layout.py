@@ -87,7 +87,8 @@ class Layout:
 
     def __init__(self, model: PreTrainedModel):
         """Describe `model`, which may be wrapped and sharded and is not changed."""
-        self.plain = hf.build_on_meta(model.config, model.dtype)
+        classifier = hf.classifies(model)
+        self.plain = hf.build_on_meta(model.config, model.dtype, classifier=classifier)
         self.state = self.plain.state_dict(keep_vars=True)
         """Parameters (tied ones under each of their names) and persistent buffers, without data."""
         self.main: dict[str, str] = {}

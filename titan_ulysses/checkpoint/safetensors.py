@@ -424,7 +424,7 @@ def _write_configs(
         if hasattr(config, key):
             delattr(config, key)
     config.save_pretrained(folder)
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:  # a classifier has none
         # Not by `save_pretrained`, which validates: it would refuse the generation config of many
         # models on the hub, at the end of a run.
         model.generation_config.to_json_file(folder / _GENERATION_FILE)

@@ -8,7 +8,8 @@ the slice is taken.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,10 @@ def shard(
     rows, and every rank must load the same number of batches. `loader` is not read beyond the
     optimizer step whose batches are being yielded.
 
+    Of a model for sequence classification, `labels` are those of the documents, in their order: [N]
+    classes, or [N] or [N, C] values. Without them there is no loss, and `.logits` are the scores
+    [N, C] of the last token of each document, on every rank that shares the rows.
+
     Each yielded dict has `input_ids`, `labels` (shifted, none across a document border) and
     `position_ids`, all [B, T] with T = ceil(S / P), and `documents`. It has `position_limits` if
     positions are not counted from 0, `attention_mask` [B, T] if any token is padding, and
@@ -81,9 +86,9 @@ def shard(
             f"shard: stream_chunk_tokens = {stream_chunk_tokens}: the model already has one. "
             "Leave it out: shard(loader, model)."
         )
-    return _batches(
-        loader, _mesh_of(model, "shard"), accumulate, model.sharding.stream_chunk_tokens
-    )
+    mesh, sharding = _mesh_of(model, "shard"), model.sharding
+    read = read_documents if sharding.classifies else read_rows
+    return _batches(loader, mesh, accumulate, sharding.stream_chunk_tokens, read)
 
 
 def local_slice(whole: Tensor, model: PreTrainedModel) -> Tensor:
@@ -117,11 +122,15 @@ def _mesh_of(model: PreTrainedModel, caller: str) -> Mesh:
 
 
 def _batches(
-    loader: Iterable[Mapping[str, Any]], mesh: Mesh, accumulate: int, stream_chunk_tokens: int
+    loader: Iterable[Mapping[str, Any]],
+    mesh: Mesh,
+    accumulate: int,
+    stream_chunk_tokens: int,
+    read: Callable[[Mapping[str, Any]], Batch] | None = None,
 ) -> Iterator[dict[str, Any]]:
     source, ranks = iter(loader), mesh.loss.size()
     for step in count():
-        group = [read_rows(batch) for batch in islice(source, accumulate)]
+        group = [(read or read_rows)(batch) for batch in islice(source, accumulate)]
         batches = [slice_rows(rows, mesh, stream_chunk_tokens) for rows in group]
         valid = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
         counts = torch.tensor([valid, len(group)]).to(mesh.device)
@@ -174,6 +183,31 @@ def read_rows(batch: Mapping[str, Any]) -> Batch:
         position_limits = tuple(tuple(int(piece.max()) + 1 for piece in row) for row in pieces)
     mask = (~padding).long() if padding.any() else None
     return Batch(input_ids, labels, position_ids, documents, mask, position_limits)
+
+
+def read_documents(batch: Mapping[str, Any]) -> Batch:
+    """Return the whole rows of a batch of a classifier, which scores the last token of a document.
+
+    See `shard` for its labels; padding is no document. Raise `UserError` as `read_rows` does, and
+    if there is not one label a document.
+    """
+    targets = batch.get("labels") if isinstance(batch, Mapping) else None
+    rows = read_rows({key: x for key, x in batch.items() if key != "labels"})
+    ends = torch.zeros_like(rows.input_ids, dtype=torch.bool)
+    for row, lengths in zip(ends, rows.documents, strict=True):
+        row[torch.tensor(lengths).cumsum(0) - 1] = True
+    if rows.attention_mask is not None:
+        ends &= rows.attention_mask.bool()
+    count = int(ends.sum())
+    targets = None if targets is None else torch.as_tensor(targets).cpu()
+    if count == 0 or (targets is not None and targets.shape[:1] != (count,)):
+        raise UserError(
+            f'batch["labels"] is {[] if targets is None else list(targets.shape)}, and its rows '
+            f"have {count} documents: a classifier takes one label for each."
+        )
+    labels = torch.full_like(rows.input_ids, IGNORE_INDEX)
+    labels[ends] = torch.arange(count)
+    return replace(rows, labels=labels, num_documents=count, targets=targets)
 
 
 def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -55,6 +55,12 @@ class Batch:
     """
     desirable: Tensor | None = None
     """[pairs] bool, of all rows: whether their first completion is desirable (KTO)."""
+    num_documents: int | None = None
+    """Of a classifier, how many documents the whole rows have. `labels` are then the number of the
+    document that ends at a token.
+    """
+    targets: Tensor | None = None
+    """[num_documents, ...]: the classes or values of these documents, whole on each rank."""
     loss_inputs: dict[str, Tensor] = field(default_factory=dict)
     """[B, T, ...] each: what the loss reads of each label, by name."""
     fill_rows: int = 0
@@ -92,10 +98,10 @@ class Batch:
             )
         chunk_tokens = chunk_length(stream_chunk_tokens, whole.input_ids.shape[1], degree)
         cut = partial(local_slice, rank=rank, degree=degree, chunk_tokens=chunk_tokens)
-        # Those of pairs have no tokens to cut.
-        whole = replace(whole, reference=None, desirable=None, chunk_tokens=chunk_tokens)
-        local = whole._each_tensor(cut)
-        return replace(local, reference=self.reference, desirable=self.desirable)
+        # Those of pairs and of documents have no tokens to cut.
+        whole_ones = {name: getattr(whole, name) for name in ("reference", "desirable", "targets")}
+        each = replace(whole, **dict.fromkeys(whole_ones), chunk_tokens=chunk_tokens)
+        return replace(each._each_tensor(cut), **whole_ones)
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy the tensors of the batch to `device`; to a GPU without making the host wait."""

@@ -82,6 +82,9 @@ _COMPUTE_WITH_EMBEDDINGS = {
     "hyperclovax",
 }
 
+_WITH_SINKS = {"flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash"}
+"""Families whose heads have an attention sink, for which there is no key of the config."""
+
 _OTHER_MODES = {"vision_config", "audio_config"}
 
 
@@ -245,7 +248,7 @@ def attention_needs(config: PreTrainedConfig) -> set[str]:
         needs.add("window")
     if getattr(config, "attn_logit_softcapping", None) is not None:
         needs.add("softcap")
-    if config.model_type in ("gpt_oss", "hy_v4"):
+    if config.model_type in _WITH_SINKS:
         needs.add("sinks")
     if INDEXED in (layer_types(config) or ()):
         needs.add("chosen")

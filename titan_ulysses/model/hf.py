@@ -21,6 +21,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -83,15 +84,20 @@ def _check_layer_count(settings: dict, where: str) -> None:
             raise UserError(f"{where}: {key} = {value} is more than {_MOST_LAYERS}: correct it.")
 
 
-def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def build_on_meta(
+    config: PreTrainedConfig, dtype: torch.dtype, *, classifier: bool = False
+) -> PreTrainedModel:
     """Build the model class that transformers chooses for config, on meta; config is not changed.
+
+    It is that of a causal LM, or of a classifier of sequences.
 
     All its parameters have dtype, also those that transformers would keep in fp32 (routers),
     because FSDP takes only one dtype.
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+            model = auto.from_config(
                 copy.deepcopy(config),
                 dtype=dtype,
                 experts_implementation=experts_path(dtype),
@@ -123,6 +129,19 @@ def experts_path(dtype: torch.dtype) -> str | None:
     at the price of a copy of the weights for each token.
     """
     return "batched_mm" if dtype == torch.float64 else None
+
+
+def output_layer(model: PreTrainedModel) -> nn.Module | None:
+    """Return the head of a causal LM, or the layer that gives a classifier of sequences its scores.
+
+    None if there is neither.
+    """
+    return model.get_output_embeddings() or (model.score if classifies(model) else None)
+
+
+def classifies(model: PreTrainedModel) -> bool:
+    """Return whether a model scores whole sequences, as AutoModelForSequenceClassification does."""
+    return class_name(model).endswith("ForSequenceClassification") and hasattr(model, "score")
 
 
 def class_name(model: PreTrainedModel) -> str:

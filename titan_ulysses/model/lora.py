@@ -10,9 +10,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from titan_ulysses.config.schema import LoRA
@@ -23,7 +25,7 @@ from titan_ulysses.distributed.tensors import local_shard
 from titan_ulysses.model import hf
 from titan_ulysses.model.expert_adapters import factors, wrapped_parameters
 from titan_ulysses.model.nf4 import NF4Weight, is_nf4
-from titan_ulysses.model.parameter_names import matching, plain
+from titan_ulysses.model.parameter_names import is_router, matching, plain
 from titan_ulysses.model.torchao import suppress_torchao_warnings
 
 if TYPE_CHECKING:  # importing transformers prints warnings, see model/__init__.py
@@ -36,10 +38,15 @@ _MLPS = {"mlp", "feed_forward", "block_sparse_moe", "shared_mlp", "moe"}
 
 
 def check_lora(settings: LoRA) -> None:
-    """Raise UserError if LoRA is used and peft is not installed. Needs no model."""
+    """Raise UserError if peft is not installed, or too old for what is asked. Needs no model."""
     if settings.rank and importlib.util.find_spec("peft") is None:
         raise UserError(
             f"lora.rank = {settings.rank} needs peft, which is not installed: pip install peft"
+        )
+    if settings.target_parameters and Version(version("peft")) < Version("0.17"):
+        raise UserError(
+            f"lora.target_parameters = {to_toml(settings.target_parameters)} needs peft 0.17 or "
+            f"newer, and {version('peft')} is installed: pip install --upgrade peft"
         )
 
 
@@ -60,7 +67,7 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
         name
         for name, m in modules
         # An indexer of sparse attention has no gradient (ulysses/indexer.py).
-        if isinstance(m, nn.Linear) and m is not head and ".indexer." not in name
+        if _is_linear(name, m) and m is not head and ".indexer." not in name
     ]
     targets, parameters = _targets(linear, model, settings), _target_parameters(model, settings)
     with suppress_torchao_warnings():  # peft imports torchao wherever it is installed
@@ -95,6 +102,12 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
         for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
             part.to(_base(layer).dtype)
     return len(wanted)
+
+
+def _is_linear(name: str, module: nn.Module) -> bool:
+    """Return whether this is a linear layer; llama4's router is one that returns two tensors."""
+    returns_more = is_router(name) and type(module).forward is not nn.Linear.forward
+    return isinstance(module, nn.Linear) and not returns_more
 
 
 def _targets(linear: list[str], model: PreTrainedModel, settings: LoRA) -> set[str]:

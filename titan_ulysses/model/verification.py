@@ -117,10 +117,17 @@ Tilings = dict[str, dict[str, Any]]
 
 Shard = Callable[[PreTrainedModel, Core, dict[str, Any]], None]
 
+Prepare = Callable[[PreTrainedModel], Any]
+"""What is done to the tiny model before it is trained, whole and sharded: adapters are added."""
+
 
 @torch.enable_grad()
 def verify_family(
-    config: PreTrainedConfig, mesh: Mesh, shard: Shard, tilings: Tilings
+    config: PreTrainedConfig,
+    mesh: Mesh,
+    shard: Shard,
+    tilings: Tilings,
+    prepare: Prepare | None = None,
 ) -> dict[str, Any]:
     """Return the options of the first tiling with which a family trains sharded as it does whole.
 
@@ -130,7 +137,7 @@ def verify_family(
     """
 
     def reason_against(tiling: str) -> str | None:
-        return _try(config, mesh, shard, tilings[tiling])
+        return _try(config, mesh, shard, tilings[tiling], prepare)
 
     best, *others = tilings
     reason = reason_against(best)
@@ -155,17 +162,27 @@ def verify_family(
 
 
 def verify_streaming(
-    config: PreTrainedConfig, mesh: Mesh, shard: Shard, tiling: dict[str, Any]
+    config: PreTrainedConfig,
+    mesh: Mesh,
+    shard: Shard,
+    tiling: dict[str, Any],
+    prepare: Prepare | None = None,
 ) -> str | None:
     """Return why a family does not train chunk by chunk as it does whole, or None. Collective.
 
     tiling is what `verify_family` has found, and shard as there.
     """
     memory = tiling.get("memory", {}) | {"stream_chunk_tokens": _CHUNK_TOKENS}
-    return _try(config, mesh, shard, tiling | {"memory": memory})
+    return _try(config, mesh, shard, tiling | {"memory": memory}, prepare)
 
 
-def _try(config: PreTrainedConfig, mesh: Mesh, shard: Shard, options: dict[str, Any]) -> str | None:
+def _try(
+    config: PreTrainedConfig,
+    mesh: Mesh,
+    shard: Shard,
+    options: dict[str, Any],
+    prepare: Prepare | None,
+) -> str | None:
     """Return what is wrong with a tiny model, first without its router loss and then with it.
 
     The result is None if nothing is wrong, and the same on every rank. Collective.
@@ -180,13 +197,17 @@ def _try(config: PreTrainedConfig, mesh: Mesh, shard: Shard, options: dict[str, 
         return reason
     for has_router_loss in passes:
         tiny.output_router_logits = has_router_loss
-        if reason := _try_once(tiny, mesh, shard, options):
+        if reason := _try_once(tiny, mesh, shard, options, prepare):
             break
     return reason
 
 
 def _try_once(
-    tiny: PreTrainedConfig, mesh: Mesh, shard: Shard, options: dict[str, Any]
+    tiny: PreTrainedConfig,
+    mesh: Mesh,
+    shard: Shard,
+    options: dict[str, Any],
+    prepare: Prepare | None,
 ) -> str | None:
     """Return what is wrong with a model of config `tiny`, or None; the same on every rank.
 
@@ -195,6 +216,8 @@ def _try_once(
     reason = None
     try:
         whole = build_tiny(tiny, mesh.device)
+        if prepare is not None:
+            prepare(whole)
         batch = _TestBatch(mesh, whole.config)
         sharded = copy.deepcopy(whole)
         expected, depends_on_draws = _train_repeatedly(whole, batch)
@@ -282,8 +305,9 @@ def _keep_kinds_of_layers(tiny: PreTrainedConfig) -> None:
 
 def _limit(config: PreTrainedConfig, values: dict[str, int]) -> None:
     for name, value in values.items():
-        if isinstance(getattr(config, name, None), int):
-            with suppress(AttributeError):  # a property derived from other values
+        # A property derived from other values, or one that differs between layers.
+        with suppress(AttributeError, RuntimeError):
+            if isinstance(getattr(config, name, None), int):
                 setattr(config, name, min(getattr(config, name), value))
 
 

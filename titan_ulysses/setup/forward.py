@@ -14,6 +14,7 @@ from transformers.modeling_outputs import (
     BaseModelOutput,
     CausalLMOutputWithPast,
     MoeCausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
 )
 from transformers.utils import ModelOutput
 
@@ -22,6 +23,7 @@ from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length, computing
 from titan_ulysses.memory.losses import LossFunction
 from titan_ulysses.model.families import layer_types
+from titan_ulysses.model.hf import output_layer
 from titan_ulysses.model.rope import DocumentRoPE
 from titan_ulysses.model.router import RouterLoss
 from titan_ulysses.ulysses.attention import ATTENTION_NAME, Ulysses
@@ -57,6 +59,8 @@ class Sharding:
     stream_chunk_tokens: int = -1
     """The setting for which batches must be cut; -1: its blocks do not stream."""
     indexers: list[Indexer] = field(default_factory=list)
+    classifies: bool = False
+    """Whether it is a model for sequence classification."""
     own_loss: Tensor | None = None
     """This rank's part of the last loss, which tells which rank a NaN came from."""
 
@@ -144,6 +148,8 @@ class Sharding:
         temperature: float = 1.0,
         loss_function: LossFunction | None = None,
         loss_inputs: dict[str, Tensor] | None = None,
+        num_documents: int | None = None,
+        targets: Tensor | None = None,
     ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast | StatisticsOutput | BaseModelOutput:
         """Run a causal LM, with the loss computed from hidden states inside the head.
 
@@ -157,10 +163,13 @@ class Sharding:
         TokenStatistics of this rank's labels, [B, T] each, with gradients. loss_function and its
         loss_inputs [B, T, ...] replace the cross-entropy: see `memory/losses.py`.
 
+        Of a model for sequence classification, labels say which of num_documents ends at a token,
+        num_items_in_batch is the number of documents in the step, and see `_classified`.
+
         `.aux_loss` is the router loss, if there is one, and `.loss` includes it. attention_mask
         [B, T] is 0 at padding, which the router loss does not count; it has no other effect.
         """
-        sums = labels is not None and reduction == "sum"
+        sums = labels is not None and reduction == "sum" and not self.classifies
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "ulysses": ulysses}
         if INDEXED in (layer_types(model.config) or ()):
             # In place of a mask [B, 1, S, S], which the decoder would build.
@@ -168,7 +177,7 @@ class Sharding:
             inputs["attention_mask"] = {INDEXED: stand_in}
         own_labels = labels if sums else None
         hidden, aux_loss, count = self._decode(inputs, attention_mask, own_labels)
-        head = model.get_output_embeddings()
+        head = output_layer(model)
         if (loss_function is not None or not sums) and torch.is_grad_enabled():
             # Unlike that of the loss, the backward of logits needs the weight: FSDP has to gather
             # it. This is not turned off again, because that backward may run after later forwards.
@@ -176,6 +185,9 @@ class Sharding:
         if reduction == "hidden":
             # By the head, because FSDP counts on a call of each module of a forward.
             return BaseModelOutput(last_hidden_state=head(hidden, reduction=reduction))
+        if num_documents is not None:
+            scores = self._scores(head(hidden), labels, num_documents)
+            return self._classified(model, scores, targets, num_items_in_batch)
         if labels is None:
             return CausalLMOutputWithPast(logits=head(hidden))
         if reduction == "statistics":
@@ -194,6 +206,37 @@ class Sharding:
         share = count.to(aux_loss.dtype) / num_items_in_batch.clamp(min=1)
         loss = loss + self.router_loss.coefficient * share * aux_loss
         return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss)
+
+    def _scores(self, logits: Tensor, ends: Tensor, count: int) -> Tensor:
+        """Return the scores [count, C] of documents, from logits [B, T, C] of this rank's tokens.
+
+        ends [B, T]: the number of the document that ends at a token, or -100. Each of the ranks
+        that share the rows gets all scores, and the gradient of those of its own tokens.
+        """
+        logits, ends = logits.flatten(0, 1), ends.flatten()
+        own = logits.where((ends != IGNORE_INDEX)[:, None], 0).double()
+        place = ends.where(ends != IGNORE_INDEX, count)
+        scores = own.new_zeros(count + 1, own.shape[1]).index_add(0, place, own)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        # Not a view, of which FSDP warns.
+        return SumOverRanks.apply(scores, wide, self.mesh.sp.get_group())[:count].clone()
+
+    def _classified(
+        self, model: PreTrainedModel, scores: Tensor, targets: Tensor | None, total: Tensor | None
+    ) -> SequenceClassifierOutputWithPast:
+        """Return the scores [N, C] as `.logits`, and with targets the loss of transformers: the
+        mean over all documents of the step. A loss of one's own that each of the ranks that share
+        the rows computes from the scores has its gradient once.
+        """
+        if targets is None:
+            return SequenceClassifierOutputWithPast(logits=scores)
+        mean = model.loss_function(
+            logits=scores, labels=targets, pooled_logits=scores, config=model.config
+        )
+        part = mean.double() * len(scores) / total
+        self.own_loss = part.detach() / self.mesh.sp.size()
+        loss = SumOverRanks.apply(part, scores.dtype, self.mesh.batch.get_group())
+        return SequenceClassifierOutputWithPast(loss=loss, logits=scores)
 
     def _decode(
         self, inputs: dict[str, Any], mask: Tensor | None, labels: Tensor | None

@@ -35,9 +35,10 @@ from titan_ulysses.model.families import (
     head_of,
     layer_types,
 )
+from titan_ulysses.model.hf import classifies, output_layer
 from titan_ulysses.model.rope import use_document_lengths
 from titan_ulysses.model.router import router_loss_of
-from titan_ulysses.model.verification import Tilings, verify_family, verify_streaming
+from titan_ulysses.model.verification import Prepare, Tilings, verify_family, verify_streaming
 from titan_ulysses.setup.blocks import compile_blocks, find_blocks, norms_of, tile_blocks
 from titan_ulysses.setup.checks import (
     check_dropout,
@@ -146,16 +147,22 @@ def parallelize(
         setting = "activation_checkpoint.offload" if own else "memory.stream_offload"
         store = open_store(options.store, folder, mesh.device, setting=setting)
     if not is_checked:
-        options = _verified(model.config, mesh, options, store)
+        options = verified_options(model.config, mesh, options, store=store)
     return wrap(model, mesh, options, store=store, device_type=mesh.device.type)
 
 
-def _verified(
-    config: PreTrainedConfig, mesh: Mesh, options: ParallelOptions, store: Store | None
+def verified_options(
+    config: PreTrainedConfig,
+    mesh: Mesh,
+    options: ParallelOptions,
+    *,
+    store: Store | None = None,
+    prepare: Prepare | None = None,
 ) -> ParallelOptions:
     """Return the options with which an unchecked family of models trains exactly. Collective.
 
-    `verify_family` tries them on a tiny model of the family. UserError if there are none.
+    `verify_family` tries them on a tiny model of the family, to which `prepare` may add adapters.
+    UserError if there are none.
     """
     # Verification runs in fp64 and is about the family's code, so unrelated options are left out.
     plain = ParallelOptions(
@@ -177,11 +184,11 @@ def _verified(
     if _tiles_mlp(options):
         without_norms = {"tile_norms_with_mlp": False}
         tilings = {"tiled with its norms": {}, "tiled without its norms": without_norms} | tilings
-    tiling = verify_family(config, mesh, shard, tilings)
+    tiling = verify_family(config, mesh, shard, tilings, prepare)
     options = options.changed(**tiling)
     if obstacle_to_streaming(config, options, mesh.device.type):
         return options
-    reason = verify_streaming(config, mesh, shard, tiling)
+    reason = verify_streaming(config, mesh, shard, tiling, prepare)
     if reason is None:
         return options
     if options.memory.stream_chunk_tokens > 0 or options.memory.stream_offload != "none":
@@ -264,7 +271,14 @@ def wrap(
     shard_root(model, shard)
     chunk_tokens = _chunk_tokens(options, mesh.sp.size(), device_type) if streams else -1
     model.sharding = Sharding(
-        decoder, mesh, options.attention, router_loss, ropes, chunk_tokens, indexers
+        decoder,
+        mesh,
+        options.attention,
+        router_loss,
+        ropes,
+        chunk_tokens,
+        indexers,
+        classifies(model),
     )
     model.forward = partial(model.sharding.forward, model)
     guard(model)  # a hook, and a forward around that one
@@ -315,6 +329,11 @@ def automatic_mlp_tile(config: PreTrainedConfig, dtype: torch.dtype, device_type
 def check_stream_offload(model: PreTrainedModel, offload: str) -> None:
     """Raise UserError if the decoder does more with hidden states than to call its parts."""
     setting = f'memory.stream_offload = "{offload}"'
+    if classifies(model):
+        raise UserError(
+            f"{setting}: the scores of a classifier need the hidden states on the device. Set it "
+            'to "none".'
+        )
     if getattr(model.config, "hidden_size_per_layer_input", 0):
         raise UserError(
             f"{setting}: this model's layers take inputs besides the hidden states, which its "
@@ -359,7 +378,12 @@ def _refuse(reason: str, *_, **__) -> NoReturn:
 def use_loss_head(
     model: PreTrainedModel, decoder: nn.Module, options: ParallelOptions, device_type: str
 ) -> None:
-    """Replace `lm_head` by a LossHead that scales and caps logits as the model family does."""
+    """Replace `lm_head` by a LossHead that scales and caps logits as the model family does, and the
+    layer of a classifier by one that does neither.
+    """
+    if classifies(model):
+        model.score = LossHead(model.score, device_type=device_type)
+        return
     shape, linear = head_of(model, decoder), model.get_output_embeddings()
     model.set_output_embeddings(
         LossHead(
@@ -381,7 +405,7 @@ def shard_blocks(model: PreTrainedModel, blocks: nn.ModuleList, shard: Callable[
     """
     for block in blocks:
         shard(block)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = model.get_input_embeddings(), output_layer(model)
     # Tied, they form one group, which stays gathered from the embedding to the head: FSDP refuses a
     # parameter that belongs to two groups.
     for group in [[embedding, head]] if embedding.weight is head.weight else [[embedding], [head]]:

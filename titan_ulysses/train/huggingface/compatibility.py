@@ -10,7 +10,7 @@ from typing import Any
 
 from titan_ulysses.distributed.errors import UserError
 
-_TRIED = {"Trainer", "SFTTrainer", "DPOTrainer", "GRPOTrainer", "KTOTrainer"}
+_TRIED = {"Trainer", "SFTTrainer", "DPOTrainer", "GRPOTrainer", "KTOTrainer", "RewardTrainer"}
 """The trainers that the tests compare with one process."""
 _TRIED_TRL = "1.16"
 _REFUSED = {
@@ -120,11 +120,6 @@ def _check_kind(kind: type, more: Mapping[str, Any]) -> type:
         raise UserError(
             f"{kind.__name__}: name a trainer after UlyssesTrainer, as in class "
             f"{kind.__name__}(UlyssesTrainer, SFTTrainer)."
-        )
-    if any(parent.__name__ == "RewardTrainer" for parent in parents):
-        raise UserError(
-            f"{kind.__name__}: RewardTrainer trains a classifier of sequences, and only causal "
-            "language models can be sharded. Train it without UlyssesTrainer."
         )
     generates = any(hasattr(parent, "_generate_and_score_completions") for parent in parents)
     if generates and more.get("rollout_func") is None:

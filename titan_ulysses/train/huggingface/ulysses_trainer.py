@@ -1,4 +1,4 @@
-"""transformers' Trainer and TRL's SFT, DPO and GRPO trainers, with sequence parallelism.
+"""transformers' Trainer and TRL's SFT, DPO, GRPO and reward trainers, with sequence parallelism.
 
     class LongTrainer(UlyssesTrainer, SFTTrainer): ...
 
@@ -207,7 +207,8 @@ class UlyssesTrainer(_Trainer):
 
         The mean over these of the sums divided by it is the loss of the step.
         """
-        if not batch_samples or "labels" not in batch_samples[0]:
+        scores = self.ulysses_model is not None and self.ulysses_model.sharding.classifies
+        if scores or not batch_samples or "labels" not in batch_samples[0]:
             return None
         labels = [rows_of(batch).labels for batch in batch_samples]
         count = torch.stack([(x != IGNORE_INDEX).sum() for x in labels]).sum().to(device)
@@ -221,7 +222,7 @@ class UlyssesTrainer(_Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        if return_outputs and is_of_trl(type(self)):
+        if return_outputs and is_of_trl(type(self)) and not self.ulysses_model.sharding.classifies:
             raise UserError(
                 "compute_loss(return_outputs=True): this trainer returns the logits of whole "
                 "sequences, which are never materialized. Leave return_outputs out."

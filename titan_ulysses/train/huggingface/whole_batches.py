@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from itertools import islice
 from types import MethodType
@@ -14,12 +14,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import BatchSampler
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 
 from titan_ulysses.data.adapter import (
     BORDER_KEYS,
     TOKEN_KEYS,
     check_same_rows,
+    read_documents,
     read_rows,
     slice_rows,
 )
@@ -63,8 +67,10 @@ def take_whole_batches(
         fused_lm_head: bool = False,
         num_items_in_batch: Tensor | None = None,
         **inputs: Any,
-    ) -> CausalLMOutputWithPast | WholeOutput:
+    ) -> CausalLMOutputWithPast | SequenceClassifierOutputWithPast | WholeOutput:
         inputs = {"input_ids": input_ids, **inputs}
+        if model.sharding.classifies:
+            return _classified(sharded, model, mesh, inputs)
         if inputs.get("labels") is None:
             raise UserError(
                 "model: a batch without labels: the logits of whole sequences are never "
@@ -92,6 +98,25 @@ def take_whole_batches(
     model.forward = MethodType(forward, model)
 
 
+def _classified(
+    sharded: Callable[..., Any], model: PreTrainedModel, mesh: Mesh, inputs: dict[str, Any]
+) -> SequenceClassifierOutputWithPast:
+    """Return the scores of a classifier for whole rows, and the mean loss of this rank's labels."""
+    # RewardTrainer subtracts the margin itself.
+    rows = read_documents({k: x for k, x in set_ones(inputs).items() if k != "margin"})
+    check_same_rows([rows], mesh)
+    batch = slice_rows(rows, mesh, model.sharding.stream_chunk_tokens).to(mesh.device)
+    scores = sharded(**replace(batch, targets=None).inputs()).logits
+    # Trainers expect the mean over data-parallel ranks, and FSDP sums.
+    whole = scores.detach()
+    scores = whole + (scores - whole) / mesh.batch.size()
+    loss = None
+    if batch.targets is not None:
+        of_scores = {"logits": scores, "pooled_logits": scores, "config": model.config}
+        loss = model.loss_function(labels=batch.targets, **of_scores)
+    return SequenceClassifierOutputWithPast(loss=loss, logits=scores)
+
+
 def _count(labels: Tensor, of_step: Tensor | None, mesh: Mesh) -> Tensor:
     """Return the labels of the step, or where that is not known, of this batch on all ranks."""
     if of_step is not None:
@@ -103,13 +128,17 @@ def _count(labels: Tensor, of_step: Tensor | None, mesh: Mesh) -> Tensor:
 
 def rows_of(inputs: Mapping[str, Any]) -> Batch:
     """Return the rows of a trainer's batch. UserError for an input that the model does not take."""
-    known = {key: inputs[key] for key in (*TOKEN_KEYS, *BORDER_KEYS) if key in inputs}
-    # What is off or unset says nothing; a cache is never kept, whatever is said.
-    others = {
-        key: value for key, value in inputs.items() if key not in known and key != "use_cache"
+    return read_rows(set_ones(inputs))
+
+
+def set_ones(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs that say something: what is off or unset does not, nor does a cache."""
+    read, ignored = (*TOKEN_KEYS, *BORDER_KEYS), ("use_cache", "return_dict")
+    return {
+        key: x
+        for key, x in inputs.items()
+        if key in read or ((isinstance(x, Tensor) or x) and key not in ignored)
     }
-    set_ones = {key: x for key, x in others.items() if isinstance(x, Tensor) or x}
-    return read_rows(known | {k: x for k, x in set_ones.items() if k != "return_dict"})
 
 
 class EachRowOnce:
