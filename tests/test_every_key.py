@@ -799,6 +799,14 @@ CHECKPOINT = {
     "checkpoint.shared": [
         Case(False, lambda run, _: set(manifest(run).get("hosts", ())) == {host_name()}, SAVED)
     ],
+    "checkpoint.push_to_hub": [
+        # What it does is in test_push.py.
+        Case(
+            "me/mine",
+            said('push_to_hub = "me/mine": there is no token'),
+            {"checkpoint.export": True},
+        )
+    ],
     "checkpoint.folder": [Case("kept", wrote("outputs/run/kept/step-2/run.json"), SAVED)],
     "checkpoint.initial_load_path": [
         Case("$MATERIAL/earlier/run/export", lambda run, _: begins_with_export(run)),

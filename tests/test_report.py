@@ -18,6 +18,7 @@ from helpers.ranks import run_on_ranks
 from helpers.runs import train, working_in, write_run
 from titan_ulysses.__main__ import run
 from titan_ulysses.checkpoint.folder import exported_step
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.observability import pictures, report_page
 from titan_ulysses.observability.metrics import MetricsLogger
 from titan_ulysses.observability.run_page import write_run_page
@@ -174,6 +175,26 @@ def test_a_run_of_pairs_has_their_rewards(tmp_path: Path) -> None:
     of_tokens = {"other": [{"step": 1, "loss": 1.0}]}
     assert loss_label(of_tokens) == "loss, nats a token"
     assert loss_label(of_pairs | of_tokens) == "loss"
+
+
+def test_several_runs_are_compared_and_linked(tmp_path: Path) -> None:
+    """And the page of a run has its data."""
+    from titan_ulysses.tools.report import main
+
+    held_out = {"validation_loss": 3.0, "validation_by_position": [[0, 3.0, 1]]}
+    for name, loss in (("a b", 2.0), ("<c>", float("nan"))):
+        mixture = {"epoch": {"books": 0.25, "code": 1.5}, "loss_by_source": {"books": 2.0}}
+        (tmp_path / name).mkdir()
+        text = log(tmp_path / name, held_out, {"loss": loss} | mixture)
+        assert "<td>books</td>" in text and ">1.500</td>" in text
+    folders = [str(tmp_path / name) for name in ("a b", "<c>")]
+    with pytest.raises(UserError, match="name one with --output FOLDER"):
+        main(folders)
+    main([*folders, "--output", str(tmp_path / "both")])
+    text = (tmp_path / "both/report.html").read_text()
+    assert '<a href="../a%20b/report.html">a b</a>' in text and text.count("<figure") == 4
+    assert '<a href="../%3Cc%3E/report.html">&lt;c&gt;</a>' in text and "not finite" in text
+    assert "prefers-color-scheme: dark" in text
 
 
 def test_numbers_that_are_not_finite_are_null_wherever_they_are(tmp_path: Path) -> None:

@@ -58,8 +58,17 @@ def train_with(config: Path, settings: Settings, fails: str = "") -> tuple[list[
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setitem(sys.modules, "wandb", stand_in)
         patch.delenv("WANDB_PROJECT", raising=False)
+        patch.delenv("WANDB_DIR", raising=False)
         train(config, settings)
     return stand_in.calls, printed.getvalue()
+
+
+def test_its_files_go_to_wandb_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = StandIn("")
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    monkeypatch.setenv("WANDB_DIR", "/elsewhere")
+    wandb_run.WandbRun(tmp_path, name="run", config={}, say=print)
+    assert stand_in.calls[0][1]["dir"] == "/elsewhere"
 
 
 def test_one_run_with_the_records_of_metrics_jsonl(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ _TOOLS = {
     "generate": ("tools.generate", "FOLDER --prompt TEXT", "text from an exported model"),
     "show-data": ("tools.show_data", "--config X.toml", "what a run would train on, in colour"),
     "plot": ("tools.plot", "RUN ...", "pictures of one or several runs"),
+    "report": ("tools.report", "RUN ...", "a page of a run; of several, to compare"),
     "needle": ("tools.needle", "MODEL", "whether a model finds a fact in long texts"),
     "eval-long": ("tools.eval_long", "MODEL", "the same by several kinds of tasks"),
     "migrate": ("tools.migrate", "RECIPE", "another trainer's recipe as a TOML file"),
@@ -54,20 +55,20 @@ _TOOLS = {
 """The other tools: a module whose `main` takes the arguments, and what --help says of it."""
 _COMMANDS = ("train", "plan", "init", "evaluate", *_TOOLS)
 _TOOL_LINES = "\n".join(
-    f"  {f'titan-ulysses {name} {arguments}':<47} {what}"
-    for name, (_, arguments, what) in _TOOLS.items()
+    f"  {f'{name} {arguments}':<31} {what}" for name, (_, arguments, what) in _TOOLS.items()
 )
 
-_USAGE = f"""usage: titan-ulysses {{{",".join(_COMMANDS)}}} ...
+_USAGE = f"""usage: titan-ulysses COMMAND ...
 
-  titan-ulysses train --config X.toml [--section.key value ...]
-  titan-ulysses plan --config X.toml       does it fit these GPUs, and what binds? Needs none
-  titan-ulysses plan MODEL --gpus 8xH100 --seq-len 1M      the same, without a TOML file
-  titan-ulysses init MODEL --gpus 8xH100 --seq-len 1M      writes a TOML file for them
-  titan-ulysses evaluate --config X.toml   validate the run's model alone
+  train --config X.toml           train it; options: --section.key value
+  plan --config X.toml            does it fit these GPUs? What binds? Needs none
+  plan MODEL --gpus 8xH100 --seq-len 1M     the same, without a TOML file
+  init MODEL --gpus 8xH100 --seq-len 1M     writes a TOML file for them
+  evaluate --config X.toml        validate the run's model alone
 {_TOOL_LINES}
 
-On several ranks: torchrun --nproc-per-node N -m titan_ulysses train --config X.toml
+On several ranks:
+  torchrun --nproc-per-node N -m titan_ulysses train --config X.toml
 All settings: titan-ulysses train --help"""
 
 

@@ -805,6 +805,13 @@ class Checkpoint(Section):
     """
     export: bool = True
     """At the end, write the model to export/, which from_pretrained of transformers opens."""
+    push_to_hub: str = setting(
+        "",
+        Needs("export", True, text="{this} with {other}: nothing is exported. Set {other_name}"),
+    )
+    """Repository on the Hugging Face hub, such as me/my-model, to which the export, or of LoRA the
+    adapter, is uploaded at the end, with a model card. A new one is private. Needs HF_TOKEN.
+    """
 
 
 class ValidationSet(SourceSettings):

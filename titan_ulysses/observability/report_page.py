@@ -9,29 +9,41 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
+from urllib.parse import quote
 
 from titan_ulysses.distributed.atomic import whole_file
 from titan_ulysses.observability.pictures import has_matplotlib
 
 PAGE = "report.html"
-SECTIONS = {"run": "The run", "plan": "The plan"}
+SECTIONS = {"run": "The run", "plan": "The plan", "runs": "The runs"}
 """The sections of a page, in their order, with their titles."""
 
 _STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --faint: #555; --line: #ddd;
+  --shade: #f6f6f6; --link: #0058a3 }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-  color: #1b1b1b; background: #fff }
-h1 { font-size: 1.6rem } h2 { font-size: 1.3rem; border-bottom: 1px solid #ccc; margin-top: 2.5rem }
+  color: var(--ink); background: var(--paper); overflow-wrap: anywhere }
+a { color: var(--link) }
+h1 { font-size: 1.6rem }
+h2 { font-size: 1.3rem; border-bottom: 1px solid var(--line); margin-top: 2.5rem }
 h3 { font-size: 1.05rem; margin-bottom: .3rem }
 table { border-collapse: collapse; margin: .5rem 0 1.2rem; display: block; overflow-x: auto }
 th, td { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top }
-th { border-bottom: 1px solid #999 } td { border-bottom: 1px solid #eee }
+th { border-bottom: 1px solid var(--faint) } td { border-bottom: 1px solid var(--line) }
+td { overflow-wrap: normal; white-space: pre-wrap; min-width: 6rem }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-figure { margin: .5rem 0 1.5rem } figcaption { color: #555 }
-figure svg { width: 100%; height: auto }
-pre { background: #f6f6f6; padding: .8rem; overflow-x: auto } code { font-size: .9em }
+figure { margin: .5rem 0 1.5rem; overflow-x: auto } figcaption { color: var(--faint) }
+figure svg { width: 100%; min-width: 34rem; height: auto }
+pre { background: var(--shade); padding: .8rem; overflow-x: auto } code { font-size: .9em }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e6e6; --paper: #16181b; --faint: #a5a5a5; --line: #3a3d42; --shade: #22252a;
+    --link: #7cb8f2 }
+  /* Pictures are black on white: inverted, with their hues turned back. */
+  figure svg { filter: invert(.91) hue-rotate(180deg) }
+}
 """
 
 
@@ -51,8 +63,18 @@ class PageSection:
         """Add a paragraph for each line."""
         self._parts += [f"<p>{html.escape(line)}</p>" for line in lines]
 
-    def table(self, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """Add a table. Columns of numbers are on the right. A head of empty texts is left out."""
+    def table(
+        self,
+        head: Sequence[str],
+        rows: Iterable[Sequence[str]],
+        *,
+        links: Mapping[str, str] | None = None,
+    ) -> None:
+        """Add a table. Columns of numbers are on the right. A head of empty texts is left out.
+
+        links: the pages that cells with these texts lead to.
+        """
+        links = links or {}
         rows = [[str(cell) for cell in row] for row in rows]
         numbers = [
             column > 0 and all(re.match(r"[-+<]?[ \d]|-$|$", row[column]) for row in rows)
@@ -62,7 +84,7 @@ class PageSection:
         def line(tag: str, cells: Sequence[str]) -> str:
             marked = (' class="number"' if number else "" for number in numbers)
             made = (
-                f"<{tag}{mark}>{html.escape(cell)}</{tag}>"
+                f"<{tag}{mark}>{_linked(cell, links.get(cell))}</{tag}>"
                 for mark, cell in zip(marked, cells, strict=True)
             )
             return f"<tr>{''.join(made)}</tr>"
@@ -125,6 +147,11 @@ def write_page(folder: Path, section: PageSection, *, title: str) -> Path:
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
     return path
+
+
+def _linked(text: str, link: str | None) -> str:
+    shown = html.escape(text)
+    return shown if link is None else f'<a href="{html.escape(quote(link))}">{shown}</a>'
 
 
 def _inline(svg: str, *, prefix: str, label: str) -> str:

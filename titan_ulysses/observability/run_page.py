@@ -47,6 +47,9 @@ def write_run_page(folder: Path) -> Path:
     ((name, lines),) = read_runs([folder]).items()
     section, runs = PageSection("run"), {name: lines}
     section.table(["", ""], _summary(lines))
+    if sources := _sources(lines):
+        section.heading("Data")
+        section.table(["source", "passes over it", "loss, first and last"], sources)
     if values(lines, "loss")[0] or values(lines, "validation_loss")[0]:
         section.heading("Loss")
         section.figure("Loss of training, and of held-out data", partial(draw_loss, runs))
@@ -96,6 +99,31 @@ def _summary(lines: Lines) -> list[tuple[str, str]]:
     for kind, count in (last.get("collectives") or {}).items():
         rows += [(f"{kind} of a step", f"{count['calls']:,} calls, {size_text(count['bytes'])}")]
     return rows
+
+
+def last_numbers(lines: Lines) -> dict[str, str]:
+    """Return the numbers of the end of a run, by what they are, to compare it with others."""
+    steps = [line for line in lines if "loss" in line]
+    held_out = [line for line in lines if "validation_loss" in line]
+    found = {"steps": f"{steps[-1]['step']:,}"} if steps else {}
+    for what, some, key in (
+        ("loss", steps, "loss"),
+        ("validation loss", held_out, "validation_loss"),
+    ):
+        if some:
+            found[what] = "not finite" if some[-1][key] is None else f"{some[-1][key]:.4f}"
+    last: dict[str, Any] = steps[-1] if steps else {}
+    return found | {what: text(last[key]) for key, what, text in _OF_LAST_STEP if last.get(key)}
+
+
+def _sources(lines: Lines) -> list[tuple[str, str, str]]:
+    """Return the sources of a mixture, with how often each was read, and its losses."""
+    steps = [line for line in lines if isinstance(line.get("epoch"), dict)]
+    losses = [line["loss_by_source"] for line in steps if line.get("loss_by_source")]
+    return [
+        (name, f"{passes:.3f}", _both(losses, name))
+        for name, passes in (steps[-1]["epoch"].items() if steps else ())
+    ]
 
 
 def _both(lines: Lines, key: str) -> str:

@@ -19,9 +19,8 @@ def counted(
     checkpoints. The result follows from the data and the config alone, so that a run that resumes
     counts alike. UserError for epochs of data whose length is not known.
     """
-    lines, epoch = [], None
-    if (sequences := training.sequences_per_epoch()) is not None:
-        epoch = sequences / sequences_per_step
+    lines, sequences = [], training.sequences_per_epoch()
+    epoch = None if sequences is None else sequences / sequences_per_step
 
     def in_epochs(share: float, setting: str) -> int:
         if epoch is None:
@@ -57,10 +56,8 @@ def counted(
     scheduler = config.lr_scheduler
     warmup = scheduler.warmup_steps or ceil(Fraction(str(scheduler.warmup_ratio)) * steps)
     if warmup > steps:
-        lines.append(
-            f"lr_scheduler.warmup_steps = {warmup:,} is more than the {steps:,} step(s) of the "
-            f"run: shortened to {steps:,}"
-        )
+        too_long = f"lr_scheduler.warmup_steps = {warmup:,} is more than the {steps:,} step(s)"
+        lines.append(f"{too_long} of the run: shortened to {steps:,}")
     changes = {
         "training": {"steps": steps},
         "lr_scheduler": {"warmup_steps": min(warmup, steps)},

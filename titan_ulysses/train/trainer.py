@@ -21,6 +21,7 @@ from titan_ulysses.checkpoint.initial import (
     check_initial_weights,
     needs_initial_weights,
 )
+from titan_ulysses.checkpoint.push import push
 from titan_ulysses.config.load import dump_toml
 from titan_ulysses.config.schema import Config
 from titan_ulysses.data.loader import Batch, Loader
@@ -37,7 +38,8 @@ from titan_ulysses.model.families import attention_needs, largest_head
 from titan_ulysses.observability.metrics import PeakMemory, describe_sets
 from titan_ulysses.observability.profiling import profiled
 from titan_ulysses.observability.progress import BlockWork, Progress, shows
-from titan_ulysses.observability.run_page import write_run_page
+from titan_ulysses.observability.run_page import last_numbers, write_run_page
+from titan_ulysses.observability.run_pictures import read_runs
 from titan_ulysses.optim.adamw import describe_state
 from titan_ulysses.optim.optimizer import build_optimizer
 from titan_ulysses.setup.blocks import find_blocks
@@ -297,7 +299,8 @@ class Trainer:
         if starts_again:
             leave_together(RESTART)
         if self._own_process and self.signals.interrupted and "RANK" not in os.environ:
-            raise SystemExit(128 + signal.SIGINT)  # what a shell script stops at
+            self.run_folder.release()
+            leave_together(128 + signal.SIGINT)  # what a shell script stops at
 
     def _loop(self) -> None:
         state, config, log = self.state, self.config, self.log
@@ -448,6 +451,9 @@ class Trainer:
                 write_run_page(self.folder)
             except (OSError, UserError) as error:  # what the run was for is there without it
                 self._say(f"WARNING: report.html cannot be written: {error}")
+        if config.checkpoint.push_to_hub and dist.get_rank() == 0:
+            ((_, lines),) = read_runs([self.folder]).items()
+            self._say(push(config, self.folder, results=last_numbers(lines)))
         print_completion(state, self.console, self.folder)
 
     def _how_far(self) -> str:
