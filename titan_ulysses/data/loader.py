@@ -17,6 +17,7 @@ import xxhash
 from torch import Tensor
 
 from titan_ulysses.data.balance import DealtStep, deal_step
+from titan_ulysses.data.images import Pixels, Visuals
 from titan_ulysses.data.packing import PackedSample, SampleStream
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import (
@@ -36,7 +37,9 @@ class Batch:
     labels: Tensor
     """[B, T] int64, shifted before the slice was taken; `IGNORE_INDEX` if nothing is predicted"""
     position_ids: Tensor
-    """[B, T] int64, the positions in the document, not in the slice"""
+    """[B, T] int64, the positions in the document, not in the slice; [A, B, T] in a family that
+    counts them along A axes
+    """
     documents: Documents
     """The document lengths of each whole row: B tuples that each sum to S. They are on the host, so
     that attention can read them without a device synchronization.
@@ -55,6 +58,10 @@ class Batch:
     """
     loss_inputs: dict[str, Tensor] = field(default_factory=dict)
     """[B, T, ...] each: what the loss reads of each label, by name."""
+    visuals: Visuals | None = None
+    """The images and videos of all whole rows; None for a model of text."""
+    pixels: tuple[Pixels, ...] | None = None
+    """Of each of `visuals` that is here, in order: of whole rows all, or None if added later."""
 
     def inputs(self) -> dict[str, Any]:
         """Return the arguments of the model's forward: what is there, without that of the loss."""
@@ -71,20 +78,30 @@ class Batch:
         if missing:
             mask, limits = self.attention_mask, self.position_limits
             mask = torch.ones_like(self.input_ids) if mask is None else mask
-            positions = torch.arange(missing).expand(len(mask), -1)
+            positions = torch.arange(missing).expand(*self.position_ids.shape[:-1], -1)
             whole = replace(
                 self,
                 input_ids=F.pad(self.input_ids, (0, missing)),
                 labels=F.pad(self.labels, (0, missing), value=IGNORE_INDEX),
-                position_ids=torch.cat([self.position_ids, positions], dim=1),
+                position_ids=torch.cat([self.position_ids, positions], dim=-1),
                 documents=tuple((*row, missing) for row in self.documents),
                 attention_mask=F.pad(mask, (0, missing)),
                 position_limits=limits and tuple((*row, missing) for row in limits),
             )
         chunk_tokens = chunk_length(stream_chunk_tokens, whole.input_ids.shape[1], degree)
         cut = partial(local_slice, rank=rank, degree=degree, chunk_tokens=chunk_tokens)
-        local = replace(whole, reference=None, chunk_tokens=chunk_tokens)._each_tensor(cut)
-        return replace(local, reference=self.reference)
+        # Without those whose second dimension is not that of tokens.
+        others = {"position_ids": None, "reference": None, "pixels": None}
+        local = replace(whole, chunk_tokens=chunk_tokens, **others)._each_tensor(cut)
+        pixels = self.pixels
+        if pixels is not None and self.visuals is not None:
+            pixels = tuple(pixels[i] for i in self.visuals.own(rank, degree))
+        return replace(
+            local,
+            position_ids=cut(whole.position_ids, dim=whole.position_ids.ndim - 1),
+            reference=self.reference,
+            pixels=pixels,
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy the tensors of the batch to `device`; to a GPU without making the host wait."""
@@ -101,7 +118,8 @@ class Batch:
     def _each_tensor(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tensors = {k: change(x) for k, x in vars(self).items() if isinstance(x, Tensor)}
         loss_inputs = {name: change(x) for name, x in self.loss_inputs.items()}
-        return replace(self, **tensors, loss_inputs=loss_inputs)
+        pixels = self.pixels and tuple({k: change(x) for k, x in p.items()} for p in self.pixels)
+        return replace(self, **tensors, loss_inputs=loss_inputs, pixels=pixels)
 
 
 class Loader:
