@@ -35,6 +35,7 @@ from helpers.observed import (
     same_weights,
     tokens,
 )
+from helpers.pictures import QWEN3_VL
 from helpers.runs import Settings
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import KEYS
@@ -82,6 +83,10 @@ def logs(name: str, value: Any) -> Effect:
     return lambda run, _: near(run.of_steps(name), value)
 
 
+def fewer_tokens(run: Seen, default: Seen) -> bool:
+    return 0 < tokens(run) < tokens(default)
+
+
 def steps_kept(run: Seen) -> set[str]:
     return {part for file in run.files for part in file.split("/") if part.startswith("step-")}
 
@@ -126,6 +131,15 @@ RECORDS: Settings = {"data.source": "jsonl", "data.path": "$MATERIAL/records.jso
 HELD_OUT_RECORDS: Settings = RECORDS | COUNTED | {"validation.path": "$MATERIAL/records.jsonl"}
 CHATS: Settings = COUNTED | {"data.source": "chat", "data.path": "$MATERIAL/chats.jsonl"}
 CHATS |= {"model.tokenizer": "$MATERIAL/pairs", "validation.path": "$MATERIAL/chats.jsonl"}
+PICTURES: Settings = {
+    "model.config": QWEN3_VL,
+    "model.tokenizer": "$MATERIAL/pictures",
+    "model.vision": "train",
+    "data.source": "chat",
+    "data.path": "$MATERIAL/pictures/chats.jsonl",
+    "data.packing": "none",
+    "training.seq_len": 256,
+}
 DATASET: Settings = {"data.source": "hf", "data.path": "$MATERIAL/dataset"}
 PRETRAINED: Settings = {"model.config": None, "model.path": "$MATERIAL/earlier/run/export"}
 LORA: Settings = {"lora.rank": 4, "optimizer.lr": 1e-2}
@@ -361,6 +375,9 @@ DATA = {
         Case("best_fit", said("best fit")),
     ],
     "data.long_documents": [Case("drop", said("longer than 32 tokens left out"))],
+    "data.max_pixels": [Case(100, fewer_tokens, PICTURES)],
+    "data.video_fps": [Case(1.0, fewer_tokens, PICTURES)],
+    "data.max_frames": [Case(3, fewer_tokens, PICTURES)],
     "data.cache_folder": [
         Case("kept", lambda run, _: any(f.startswith("kept/") for f in run.files), watch="cache")
     ],
@@ -880,6 +897,9 @@ CASES = [
 def test_effect(key: str, case: Case, observe: Observer) -> None:
     if key.startswith("lora"):
         pytest.importorskip("peft")
+    if case.needs is PICTURES:
+        for package in ("PIL", "torchvision", "av", "titan_ulysses.model.vision"):
+            pytest.importorskip(package)
     without = {name: value for name, value in (BASE | case.needs).items() if name != key}
     options = {
         "ranks": case.ranks,

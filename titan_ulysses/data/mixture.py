@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
@@ -22,6 +23,7 @@ class CombinedSequences(SampleStream):
         self.sources, self.notes = sources, []
         self._parts = [*sources.values()]
         self.seq_len = self._parts[0].seq_len
+        self.visual_counts = dict(sum((Counter(x.visual_counts) for x in self._parts), Counter()))
 
     def parts(self) -> dict[str, SampleStream]:
         return self.sources

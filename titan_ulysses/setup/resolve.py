@@ -16,6 +16,7 @@ import torch
 
 from titan_ulysses.config.schema import Config
 from titan_ulysses.config.validate import MeshDegrees, check, check_frozen
+from titan_ulysses.data.processor import VisionProcessor, open_vision
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import chunk_length
@@ -59,6 +60,8 @@ class RunSpec:
     """Which core was chosen and why, as a sentence for the log."""
     tokenizer: PreTrainedTokenizerBase | None = None
     """None if the caller did not ask for it and resize_embeddings does not need it."""
+    vision: VisionProcessor | None = None
+    """What reads images for the model, with the tokenizer; None: it has none."""
     frozen: RunSpec | None = None
     """The second model, which the loss reads: a reference or a teacher. None if there is none."""
 
@@ -112,9 +115,13 @@ def resolve(
     if config.model.rope_scaling:
         scale_rope(model_config, config.model.rope_scaling)
     core, core_reason = _core_of(config, model_config, device_type, select)
-    tokenizer, token_ids = None, 0
+    tokenizer, vision, token_ids = None, None, 0
     if with_tokenizer or config.model.resize_embeddings:
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+        if getattr(config.model, "vision", "off") != "off":
+            vision = open_vision(config, whole)
+        if vision and not tokenizer.chat_template:
+            tokenizer.chat_template = vision.processor.chat_template
         token_ids = num_token_ids(tokenizer)
     # The vocabulary grows first, because the settings are checked against the resulting model.
     if multiple := config.model.resize_embeddings:
@@ -134,6 +141,7 @@ def resolve(
         core=core,
         core_reason=core_reason,
         tokenizer=tokenizer,
+        vision=vision,
     )
     return replace(spec, frozen=_frozen_spec(spec, select))
 
