@@ -37,6 +37,7 @@ from helpers.observed import (
 )
 from helpers.pictures import QWEN3_VL
 from helpers.runs import Settings
+from helpers.vision import vision_model_of
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import KEYS
 from titan_ulysses.launch.run_store import host_name
@@ -188,6 +189,10 @@ JOB = {
     "job.name": [Case("other", wrote("outputs/other/metrics.jsonl"))],
     "job.dump_folder": [Case("elsewhere", wrote("elsewhere/run/metrics.jsonl"))],
 }
+# Its special tokens are no bytes.
+VISION_MODEL = vision_model_of("qwen3_vl")
+VISION_MODEL["text_config"] = VISION_MODEL["text_config"] | {"vocab_size": 264}
+VISION_MODEL |= {name: 257 + i for i, name in enumerate(n for n in VISION_MODEL if "token_id" in n)}
 MODELS = {
     "model.path": [
         Case(
@@ -232,6 +237,14 @@ MODELS = {
             lambda run, _: not run.refused and run.weights[EMBEDDING].shape[0] == 320,
             {"model.config": MODEL | {"vocab_size": 200}},
         )
+    ],
+    "model.vision": [
+        Case("frozen", said(" are trained"), {"model.config": VISION_MODEL}),
+        Case(
+            "train",
+            lambda run, _: "ConditionalGeneration" in run.said and "are trained" not in run.said,
+            {"model.config": VISION_MODEL},
+        ),
     ],
     "model.freeze": [Case(["model.embed_tokens.*"], lambda run, _: run.kept() == {EMBEDDING})],
     "lora.rank": [

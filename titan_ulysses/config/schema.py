@@ -165,6 +165,18 @@ class Model(Section):
     )
     """Parameters that are not trained, as patterns of their names, such as "model.embed_tokens.*".
     """
+    vision: Literal["off", "frozen", "train"] = setting(
+        "off",
+        Excludes(
+            "plan.enforce",
+            text="{other} and {this} are both set: the planner does not know vision towers. Set "
+            "plan.enforce = false",
+        ),
+    )
+    """The images of a model of images and text. frozen: its vision tower is not trained, but its
+    text and the projector between the two are; train: all is. off: the model is one of text, or its
+    text part alone is trained.
+    """
 
     @field_validator("config")
     @classmethod

@@ -33,7 +33,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
+import torch
 from torch import Tensor
+
+from titan_ulysses.distributed.sequence import Documents
 
 Kind = Literal["image", "video"]
 KINDS: tuple[Kind, ...] = ("image", "video")
@@ -79,6 +82,22 @@ DocumentPositions = Callable[[Tensor, Sequence[Visual]], Tensor]
 """The positions [A, n] of a document: a function of its ids [n], and what is in it."""
 
 
+def positions_of_rows(
+    positions: DocumentPositions, ids: Tensor, documents: Documents, visuals: Sequence[Visual]
+) -> Tensor:
+    """Return the positions [A, B, S] of rows of packed documents, given their ids [B, S]."""
+    rows = []
+    for row, lengths in enumerate(documents):
+        items = [x for x in visuals if x.row == row]
+        parts, begin = [], 0
+        for length in lengths:
+            inside = [x.at(-begin) for x in items if begin <= x.spans[0][0] < begin + length]
+            parts.append(positions(ids[row, begin : begin + length], inside))
+            begin += length
+        rows.append(torch.cat(parts, dim=-1))
+    return torch.stack(rows, dim=1)
+
+
 @dataclass(frozen=True)
 class Visuals:
     """All images and videos of the B rows of a micro-batch, known to every rank of a sequence."""
@@ -86,9 +105,9 @@ class Visuals:
     items: tuple[Visual, ...] = ()
     """By row, and in a row by their first placeholders."""
     kinds: tuple[Kind, ...] | None = None
-    """The kinds that any rank of the mesh encodes in this micro-batch, if it is known; None: all
-    that the model has. FSDP needs the same calls of the tower on every rank, so a rank encodes the
-    smallest input of a kind of which it has none.
+    """The kinds that any rank of the mesh has in this micro-batch; None: not known. FSDP needs the
+    same calls of the tower on every rank, so a rank encodes the smallest input of a kind of which
+    it has none; where it is not known, and there are several data-parallel ranks, of every kind.
     """
 
     def owners(self, degree: int) -> tuple[int, ...]:

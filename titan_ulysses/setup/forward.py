@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,25 +18,30 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import ModelOutput
 
+from titan_ulysses.data.images import Pixels, Visuals
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length, computing
 from titan_ulysses.memory.losses import LossFunction
 from titan_ulysses.model.rope import DocumentRoPE
 from titan_ulysses.model.router import RouterLoss
+from titan_ulysses.model.vision import Vision
 from titan_ulysses.ulysses.attention import ATTENTION_NAME, Ulysses
 from titan_ulysses.ulysses.cores import Core
 
 
-def use_attention(model: PreTrainedModel) -> None:
-    """Make the model's attention layers call Ulysses attention."""
-    # Other models may share this config object, so this model gets a copy of its own.
-    shared = model.config
-    own = copy.deepcopy(model.config)
-    own._attn_implementation = ATTENTION_NAME
+def use_attention(model: PreTrainedModel, decoder: nn.Module) -> None:
+    """Make the attention layers of the model's text call Ulysses attention."""
+    # Other models may share these config objects, so this model gets copies of its own.
+    shared, text = model.config, decoder.config
+    own = copy.deepcopy(shared)
+    own_text = own.get_text_config()
+    own_text._attn_implementation = ATTENTION_NAME
     for module in model.modules():
         if getattr(module, "config", None) is shared:
             module.config = own
+        elif getattr(module, "config", None) is text:
+            module.config = own_text
 
 
 @dataclass
@@ -46,6 +52,7 @@ class Sharding:
     """
 
     decoder: nn.Module
+    """Takes tokens to hidden states; of a model of images and text, features too."""
     mesh: Mesh
     """The mesh on which it runs; another one within `whole_sequences`."""
     core: Core
@@ -54,6 +61,8 @@ class Sharding:
     """Rotary embeddings that need the lengths of documents."""
     stream_chunk_tokens: int = -1
     """The setting for which batches must be cut; -1: its blocks do not stream."""
+    vision: Vision | None = None
+    """None: a model of text."""
     own_loss: Tensor | None = None
     """This rank's part of the last loss, which tells which rank a NaN came from."""
 
@@ -64,6 +73,8 @@ class Sharding:
         documents: Documents | None = None,
         position_limits: Documents | None = None,
         chunk_tokens: int | None = None,
+        visuals: Visuals | None = None,
+        pixels: Sequence[Pixels] = (),
         **inputs: Any,
     ) -> CausalLMOutputWithPast | StatisticsOutput | BaseModelOutput:
         """Run the model on a batch of `shard`. The attention layers get what they need of it."""
@@ -78,8 +89,15 @@ class Sharding:
         # Some RoPE frequencies depend on document lengths, or on how far positions go.
         for rope in self.ropes:
             rope.begin(documents, position_limits or documents, sp.get_local_rank(), chunk_tokens)
-        ulysses = Ulysses(sp, self.core, documents, inputs["position_ids"], chunk_tokens)
+        positions = inputs["position_ids"]
+        positions = positions if positions.ndim == 2 else positions[0]
+        ulysses = Ulysses(sp, self.core, documents, positions, chunk_tokens)
         with computing(ulysses.chunks):
+            if self.vision is not None:
+                cut = {"seq_len": sum(documents[0]), "chunk_tokens": chunk_tokens}
+                inputs["features"] = self.vision.encode(
+                    visuals or Visuals(), pixels, self.mesh, **cut
+                )
             return self._forward(model, ulysses=ulysses, **inputs)
 
     def _chunk_tokens(self, seq_len: int, of_batch: int | None) -> int | None:
@@ -117,6 +135,7 @@ class Sharding:
         temperature: float = 1.0,
         loss_function: LossFunction | None = None,
         loss_inputs: dict[str, Tensor] | None = None,
+        features: dict[str, Any] | None = None,
     ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast | StatisticsOutput | BaseModelOutput:
         """Run a causal LM, with the loss computed from hidden states inside the head.
 
@@ -135,6 +154,8 @@ class Sharding:
         """
         sums = labels is not None and reduction == "sum"
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "ulysses": ulysses}
+        if features is not None:
+            inputs["mm_encoder_outputs"] = features
         own_labels = labels if sums else None
         hidden, aux_loss, count = self._decode(inputs, attention_mask, own_labels)
         head = model.get_output_embeddings()

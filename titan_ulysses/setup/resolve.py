@@ -28,6 +28,7 @@ from titan_ulysses.model.float8 import check_float8
 from titan_ulysses.model.lora import check_lora
 from titan_ulysses.model.resize_embeddings import grow_vocabulary
 from titan_ulysses.model.rope_scaling import scale_rope
+from titan_ulysses.model.vision import check_vision_setting
 from titan_ulysses.observability.profiling import check_profiling
 from titan_ulysses.observability.wandb import check_wandb
 from titan_ulysses.optim.adamw import check_optimizer
@@ -48,7 +49,10 @@ class RunSpec:
 
     config: Config
     model_config: PreTrainedConfig
-    """The model's config, with the RoPE scaling and the vocabulary size that `config` asks for."""
+    """The model's config, with the RoPE scaling and the vocabulary size that `config` asks for; of
+    a model of images and text, that of its text."""
+    whole_config: PreTrainedConfig
+    """The config that the model is built of: the same, or that of a model of images and text."""
     part_of: str | None
     """The type of the multi-modal model whose text part it is; None: of none."""
     degrees: MeshDegrees
@@ -110,8 +114,12 @@ def resolve(
     the number of ranks, and with exit code 1 for a model, core or tokenizer that cannot be used.
     """
     whole = hf.load_model_config(config.model.path, config.model.config)
-    model_config = whole if config.model.config else text_part(whole)
-    check_family(model_config)
+    built = whole
+    if config.model.vision == "off":
+        built = whole if config.model.config else text_part(whole)
+    check_vision_setting(config.model.vision, built)
+    check_family(built)
+    model_config = built.get_text_config() if hf.has_vision(built) else built
     if config.model.rope_scaling:
         scale_rope(model_config, config.model.rope_scaling)
     core, core_reason = _core_of(config, model_config, device_type, select)
@@ -135,7 +143,8 @@ def resolve(
     spec = RunSpec(
         config=config,
         model_config=model_config,
-        part_of=None if model_config is whole else whole.model_type,
+        whole_config=built,
+        part_of=None if built is whole else whole.model_type,
         degrees=degrees,
         device_type=device_type,
         core=core,
@@ -165,7 +174,7 @@ def _frozen_spec(spec: RunSpec, select: SelectCore) -> RunSpec | None:
         scale_rope(own, config.model.rope_scaling)  # it is the same model, of another time
     check_frozen(config, own, spec.model_config, setting=f'{setting} = "{path}"')
     core, reason = _core_of(config, own, spec.device_type, select)
-    return replace(spec, model_config=own, core=core, core_reason=reason)
+    return replace(spec, model_config=own, whole_config=own, core=core, core_reason=reason)
 
 
 def _core_of(

@@ -22,12 +22,14 @@ from titan_ulysses.data.adapter import (
     check_same_rows,
     read_rows,
     slice_rows,
+    with_kinds_of_all,
 )
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
 from titan_ulysses.memory.losses import smoothed_cross_entropies
+from titan_ulysses.model.vision import Vision
 from titan_ulysses.setup.forward import StatisticsOutput
 from titan_ulysses.train.evaluation import whole_statistics
 
@@ -70,7 +72,9 @@ def take_whole_batches(
                 "model: a batch without labels: the logits of whole sequences are never "
                 "materialized. Give it labels, or score its rows with titan_ulysses.score."
             )
-        rows = rows_of(inputs)
+        rows = rows_of(inputs, model.sharding.vision)
+        if rows.visuals is not None and mesh.batch.size() > 1:
+            (rows,) = with_kinds_of_all([rows], 1, mesh)
         # Each time, because trainers pad each batch to a length of its own: ranks whose lengths
         # differ would wait for each other.
         check_same_rows([rows], mesh)
@@ -101,15 +105,16 @@ def _count(labels: Tensor, of_step: Tensor | None, mesh: Mesh) -> Tensor:
     return here
 
 
-def rows_of(inputs: Mapping[str, Any]) -> Batch:
+def rows_of(inputs: Mapping[str, Any], vision: Vision | None = None) -> Batch:
     """Return the rows of a trainer's batch. UserError for an input that the model does not take."""
-    known = {key: inputs[key] for key in (*TOKEN_KEYS, *BORDER_KEYS) if key in inputs}
+    of_images = () if vision is None else vision.batch_keys
+    known = {key: inputs[key] for key in (*TOKEN_KEYS, *BORDER_KEYS, *of_images) if key in inputs}
     # What is off or unset says nothing; a cache is never kept, whatever is said.
     others = {
         key: value for key, value in inputs.items() if key not in known and key != "use_cache"
     }
     set_ones = {key: x for key, x in others.items() if isinstance(x, Tensor) or x}
-    return read_rows(known | {k: x for k, x in set_ones.items() if k != "return_dict"})
+    return read_rows(known | {k: x for k, x in set_ones.items() if k != "return_dict"}, vision)
 
 
 class EachRowOnce:
