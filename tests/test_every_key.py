@@ -36,7 +36,9 @@ from helpers.observed import (
     same_weights,
     tokens,
 )
+from helpers.pictures import QWEN3_VL
 from helpers.runs import Settings
+from helpers.vision import vision_model_of
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import KEYS
 from titan_ulysses.launch.run_store import host_name
@@ -81,6 +83,10 @@ def refused(*words: str) -> Effect:
 def logs(name: str, value: Any) -> Effect:
     """That a metric of each logged step is this."""
     return lambda run, _: near(run.of_steps(name), value)
+
+
+def fewer_tokens(run: Seen, default: Seen) -> bool:
+    return 0 < tokens(run) < tokens(default)
 
 
 def steps_kept(run: Seen) -> set[str]:
@@ -128,6 +134,15 @@ HELD_OUT_RECORDS: Settings = RECORDS | COUNTED | {"validation.path": "$MATERIAL/
 CHATS: Settings = COUNTED | {"data.source": "chat", "data.path": "$MATERIAL/chats.jsonl"}
 CHATS |= {"model.tokenizer": "$MATERIAL/pairs", "validation.path": "$MATERIAL/chats.jsonl"}
 NAMES = {"content": "text", "role": "author"}
+PICTURES: Settings = {
+    "model.config": QWEN3_VL,
+    "model.tokenizer": "$MATERIAL/pictures",
+    "model.vision": "train",
+    "data.source": "chat",
+    "data.path": "$MATERIAL/pictures/chats.jsonl",
+    "data.packing": "none",
+    "training.seq_len": 256,
+}
 DATASET: Settings = {"data.source": "hf", "data.path": "$MATERIAL/dataset"}
 PRETRAINED: Settings = {"model.config": None, "model.path": "$MATERIAL/earlier/run/export"}
 LORA: Settings = {"lora.rank": 4, "optimizer.lr": 1e-2}
@@ -181,6 +196,10 @@ JOB = {
     "job.name": [Case("other", wrote("outputs/other/metrics.jsonl"))],
     "job.dump_folder": [Case("elsewhere", wrote("elsewhere/run/metrics.jsonl"))],
 }
+# Its special tokens are no bytes.
+VISION_MODEL = vision_model_of("qwen3_vl")
+VISION_MODEL["text_config"] = VISION_MODEL["text_config"] | {"vocab_size": 264}
+VISION_MODEL |= {name: 257 + i for i, name in enumerate(n for n in VISION_MODEL if "token_id" in n)}
 MODELS = {
     "model.path": [
         Case(
@@ -225,6 +244,14 @@ MODELS = {
             lambda run, _: not run.refused and run.weights[EMBEDDING].shape[0] == 320,
             {"model.config": MODEL | {"vocab_size": 200}},
         )
+    ],
+    "model.vision": [
+        Case("frozen", said(" are trained"), {"model.config": VISION_MODEL}),
+        Case(
+            "train",
+            lambda run, _: "ConditionalGeneration" in run.said and "are trained" not in run.said,
+            {"model.config": VISION_MODEL},
+        ),
     ],
     "model.freeze": [Case(["model.embed_tokens.*"], lambda run, _: run.kept() == {EMBEDDING})],
     "lora.rank": [
@@ -406,6 +433,9 @@ DATA = {
         Case("best_fit", said("best fit")),
     ],
     "data.long_documents": [Case("drop", said("longer than 32 tokens left out"))],
+    "data.max_pixels": [Case(100, fewer_tokens, PICTURES)],
+    "data.video_fps": [Case(1.0, fewer_tokens, PICTURES)],
+    "data.max_frames": [Case(3, fewer_tokens, PICTURES)],
     "data.cache_folder": [
         Case("kept", lambda run, _: any(f.startswith("kept/") for f in run.files), watch="cache")
     ],
@@ -1002,6 +1032,9 @@ CASES = [
 def test_effect(key: str, case: Case, observe: Observer) -> None:
     if key.startswith("lora"):
         pytest.importorskip("peft")
+    if case.needs is PICTURES:
+        for package in ("PIL", "torchvision", "av", "titan_ulysses.model.vision"):
+            pytest.importorskip(package)
     without = {name: value for name, value in (BASE | case.needs).items() if name != key}
     options = {
         "ranks": case.ranks,

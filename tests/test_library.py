@@ -671,7 +671,7 @@ def test_accumulate() -> None:
 
 def on(mesh: Mesh) -> Any:
     """What `shard` reads of a model."""
-    return SimpleNamespace(sharding=SimpleNamespace(mesh=mesh, stream_chunk_tokens=-1))
+    return SimpleNamespace(sharding=SimpleNamespace(mesh=mesh, stream_chunk_tokens=-1, vision=None))
 
 
 def load_differently(what: str, degrees: tuple[int, int, int]) -> str:

@@ -5,9 +5,11 @@ an earlier run.
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from helpers.pictures import asked, picture, tiny_processor, write_video
 from helpers.ranks import run_on_ranks
 from helpers.runs import Settings, train, write_documents
 from titan_ulysses.config.toml import to_toml
@@ -55,6 +57,8 @@ def write_material(folder: Path) -> None:
     _write_chats(folder)
     _write_datasets(folder)
     _write_tokenizer(folder / "pairs")
+    if all(map(find_spec, ("PIL", "torchvision", "av"))):
+        _write_pictures(folder / "pictures")
 
 
 def write_earlier_run(folder: Path) -> None:
@@ -119,6 +123,16 @@ def _write_datasets(folder: Path) -> None:
     for name, count in subsets.items():
         text = "".join(json.dumps(row) + "\n" for row in rows[:count])
         (folder / "subsets" / f"{name}.jsonl").write_text(text)
+
+
+def _write_pictures(folder: Path) -> None:
+    """Chats with an image and a video, and the processor of a tiny model."""
+    tiny_processor().save_pretrained(folder)
+    picture(0, 24, 24).save(folder / "a.png")
+    write_video(folder / "v.mp4", frames=30)
+    image, video = {"type": "image", "image": "a.png"}, {"type": "video", "video": "v.mp4"}
+    line = json.dumps({"messages": asked(image, video, "?")})
+    (folder / "chats.jsonl").write_text(4 * (line + "\n"))
 
 
 def _write_tokenizer(folder: Path) -> None:

@@ -130,7 +130,7 @@ def to_safetensors(source: Path, target: Path, config_path: Path | None) -> None
     parameter_dtype = next(
         meta.properties.dtype for meta in saved.values() if meta.properties.dtype.is_floating_point
     )
-    plain = hf.build_on_meta(spec.model_config, parameter_dtype)
+    plain = hf.build_on_meta(spec.whole_config, parameter_dtype)
     if difference := first_difference(
         {n: list(m.size) for n, m in saved.items()},
         {n: list(t.shape) for n, t in hf.state_of(plain).items()},
@@ -170,7 +170,7 @@ def to_checkpoint(source: Path, target: Path) -> None:
     state.
     """
     step = step_of(target)
-    plain = hf.build_on_meta(resolve_model(str(source)).model_config, torch.float32)
+    plain = hf.build_on_meta(resolve_model(str(source)).whole_config, torch.float32)
     tensors, fetch, unknown = weights.open_folder(plain, str(source), setting="SOURCE")
     if unknown:
         print(weights.describe_unknown(unknown, plain, str(source), setting="SOURCE"))

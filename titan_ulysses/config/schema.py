@@ -180,6 +180,18 @@ class Model(Section):
     )
     """Parameters that are not trained, as patterns of their names, such as "model.embed_tokens.*".
     """
+    vision: Literal["off", "frozen", "train"] = setting(
+        "off",
+        Excludes(
+            "plan.enforce",
+            text="{other} and {this} are both set: the planner does not know vision towers. Set "
+            "plan.enforce = false",
+        ),
+    )
+    """The images of a model of images and text. frozen: its vision tower is not trained, but its
+    text and the projector between the two are; train: all is. off: the model is one of text, or its
+    text part alone is trained.
+    """
 
     @field_validator("config")
     @classmethod
@@ -433,6 +445,14 @@ class Data(SourceSettings):
     """Documents longer than training.seq_len. split: continue in another sequence. drop: leave the
     document out.
     """
+    max_pixels: int = setting(0, ge=0, le=10**9)
+    """Scale larger images, and frames of videos, down to this many pixels before the model's
+    processor, which has limits of its own, sees them. 0: only its limits.
+    """
+    video_fps: float = setting(0.0, ge=0, le=1000)
+    """Frames taken of a second of video. 0: as the model's processor does."""
+    max_frames: int = setting(0, ge=0, le=10**6)
+    """Most frames taken of a video, spread evenly. 0: as the model's processor does."""
     cache_folder: PathText = ""
     """Folder that keeps large tokenized data for the next start. Empty: ~/.cache/titan_ulysses."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from titan_ulysses.data.images import KINDS, Visuals, positions_of_rows
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh, warn_of_older_form
@@ -25,6 +27,8 @@ from titan_ulysses.distributed.sequence import IGNORE_INDEX, chunk_length, padde
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from titan_ulysses.model.vision import Vision
 
 CHECK_EVERY = 100
 """Steps between checks that the ranks of a sequence-parallel group have loaded the same rows."""
@@ -47,7 +51,10 @@ def shard(
     - `labels`, unshifted as in transformers; without them every token is a label,
     - `attention_mask` [B, S], with padding on either side,
     - the documents packed in a row, as `position_ids` that fall back, as `seq_idx`, or as
-      `cu_seq_lens_q` over all B * S tokens.
+      `cu_seq_lens_q` over all B * S tokens,
+    - of a model of images and text, what its processor makes of the images and videos of all rows,
+      in the order of their placeholders: `pixel_values`, `image_grid_thw` and so on. Each rank
+      keeps those that are dealt to it (see `images.py`).
 
     Positions may start at any number and are used as given; see `_document_starts` for
     positions that jump ahead. B and S may change from batch to batch. All ranks of a
@@ -80,15 +87,16 @@ def shard(
             "shard(loader, mesh): call shard(loader, model), which cuts batches as the model "
             "streams them"
         )
-        return _batches(loader, model, accumulate, chunk_tokens)
+        return _batches(loader, model, accumulate, chunk_tokens, read_rows)
     if stream_chunk_tokens is not None:
         raise UserError(
             f"shard: stream_chunk_tokens = {stream_chunk_tokens}: the model already has one. "
             "Leave it out: shard(loader, model)."
         )
     mesh, sharding = _mesh_of(model, "shard"), model.sharding
-    read = read_documents if sharding.classifies else read_rows
-    return _batches(loader, mesh, accumulate, sharding.stream_chunk_tokens, read)
+    read = read_documents if sharding.classifies else partial(read_rows, vision=sharding.vision)
+    kinds = sharding.vision is not None
+    return _batches(loader, mesh, accumulate, sharding.stream_chunk_tokens, read, kinds)
 
 
 def local_slice(whole: Tensor, model: PreTrainedModel) -> Tensor:
@@ -126,11 +134,14 @@ def _batches(
     mesh: Mesh,
     accumulate: int,
     stream_chunk_tokens: int,
-    read: Callable[[Mapping[str, Any]], Batch] | None = None,
+    read: Callable[[Mapping[str, Any]], Batch],
+    has_images: bool = False,
 ) -> Iterator[dict[str, Any]]:
     source, ranks = iter(loader), mesh.loss.size()
     for step in count():
-        group = [(read or read_rows)(batch) for batch in islice(source, accumulate)]
+        group = [read(batch) for batch in islice(source, accumulate)]
+        if has_images and mesh.batch.size() > 1:
+            group = with_kinds_of_all(group, accumulate, mesh)
         batches = [slice_rows(rows, mesh, stream_chunk_tokens) for rows in group]
         valid = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
         counts = torch.tensor([valid, len(group)]).to(mesh.device)
@@ -151,14 +162,35 @@ def _batches(
             yield batch.to(mesh.device).inputs() | {"num_items_in_batch": counts[0]}
 
 
-def read_rows(batch: Mapping[str, Any]) -> Batch:
+def with_kinds_of_all(group: list[Batch], accumulate: int, mesh: Mesh) -> list[Batch]:
+    """Return the batches of a step with the kinds of images that any rank has in each. Collective.
+
+    The host waits for it, because all ranks run the tower in a micro-batch, or none does.
+    """
+    present = torch.zeros(accumulate, len(KINDS), dtype=torch.int64)
+    for found, rows in zip(present, group, strict=False):
+        for item in rows.visuals.items if rows.visuals else ():
+            found[KINDS.index(item.kind)] = 1
+    everyone = present.to(mesh.device)
+    dist.all_reduce(everyone, group=mesh.loss.get_group())
+    kinds = [
+        tuple(kind for kind, n in zip(KINDS, found, strict=True) if n)
+        for found in everyone.tolist()
+    ]
+    pairs = zip(group, kinds, strict=False)
+    return [replace(x, visuals=replace(x.visuals or Visuals(), kinds=k)) for x, k in pairs]
+
+
+def read_rows(batch: Mapping[str, Any], vision: Vision | None = None) -> Batch:
     """Return the whole rows of one batch: their documents, positions and shifted labels.
 
-    Tensors are int64, on the host. Positions are as given, or counted from 0 in each document.
+    Tensors are int64, on the host. Positions are as given, or counted from 0 in each document; in a
+    family that counts them along several axes, they are its own of each document. vision: that of
+    the model, which knows what else a batch has.
 
     Raise `UserError` if the entries of the batch contradict each other.
     """
-    tensors = _tensors(batch)
+    tensors = _tensors(batch, vision)
     input_ids = tensors["input_ids"]
     padding = _padding(tensors)
     starts = _document_starts(tensors, padding)
@@ -182,7 +214,8 @@ def read_rows(batch: Mapping[str, Any]) -> Batch:
         pieces = [row.split(lengths) for row, lengths in zip(position_ids, documents, strict=True)]
         position_limits = tuple(tuple(int(piece.max()) + 1 for piece in row) for row in pieces)
     mask = (~padding).long() if padding.any() else None
-    return Batch(input_ids, labels, position_ids, documents, mask, position_limits)
+    rows = Batch(input_ids, labels, position_ids, documents, mask, position_limits)
+    return rows if vision is None else _with_images(rows, tensors, vision)
 
 
 def read_documents(batch: Mapping[str, Any]) -> Batch:
@@ -210,23 +243,33 @@ def read_documents(batch: Mapping[str, Any]) -> Batch:
     return replace(rows, labels=labels, num_documents=count, targets=targets)
 
 
-def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+def _with_images(rows: Batch, tensors: Mapping[str, Tensor], vision: Vision) -> Batch:
+    """Return rows with their images, and the positions that those lead to."""
+    visuals, pixels = vision.read(rows.input_ids, tensors)
+    position_ids = rows.position_ids
+    if vision.positions is not None:
+        position_ids = positions_of_rows(
+            vision.positions, rows.input_ids, rows.documents, visuals.items
+        )
+    return replace(rows, position_ids=position_ids, visuals=visuals, pixels=pixels)
+
+
+def _tensors(batch: Mapping[str, Any], vision: Vision | None) -> dict[str, Tensor]:
     """Return the entries of the batch as int64 tensors on the host, after checking their shapes."""
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise UserError(
             'shard: a batch must be a mapping with "input_ids" [B, S]: use a collate_fn that '
             "returns one."
         )
-    if unknown := sorted(set(batch) - {*TOKEN_KEYS, *BORDER_KEYS}):
+    of_images = () if vision is None else vision.batch_keys
+    if unknown := sorted(set(batch) - {*TOKEN_KEYS, *BORDER_KEYS, *of_images}):
         raise UserError(
             f"batch[{unknown[0]!r}]: the sharded model would ignore this part of the input. Drop "
-            f"it in the collate_fn; these are read: {', '.join((*TOKEN_KEYS, *BORDER_KEYS))}."
+            "it in the collate_fn; these are read: "
+            f"{', '.join((*TOKEN_KEYS, *BORDER_KEYS, *of_images))}."
         )
-    tensors = {
-        key: torch.as_tensor(value).cpu().long()
-        for key, value in batch.items()
-        if value is not None
-    }
+    given = {key: torch.as_tensor(x).cpu() for key, x in batch.items() if x is not None}
+    tensors = {key: x if key in of_images else x.long() for key, x in given.items()}
     if (mask := tensors.get("attention_mask")) is not None and mask.ndim != 2:
         raise UserError(
             f'batch["attention_mask"] has {mask.ndim} dimensions, {list(mask.shape)}: masks of '

@@ -7,16 +7,19 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from titan_ulysses.data.records import Chat, RefusedRow
+from titan_ulysses.data.records import Chat, Encoded
 from titan_ulysses.data.tokenizer import refuse_surrogates, tokenized
-from titan_ulysses.distributed.errors import UserError, one_line
+from titan_ulysses.distributed.errors import RefusedRow, UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from titan_ulysses.data.processor import VisionProcessor
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -51,13 +54,18 @@ class _Sample(NamedTuple):
 
 
 def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, chat: Chat, *, train_on: str
-) -> tuple[np.ndarray, np.ndarray | None, tuple[int, ...] | None]:
-    """Return (ids [tokens], trained [tokens] bool, lengths of the samples) of one chat.
+    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
+    *,
+    train_on: str,
+    vision: VisionProcessor | None = None,
+) -> Encoded:
+    """Return one chat as tokens: its samples, one after the other.
 
     `trained` marks the tokens that are trained on. With train_on = "all" it is None: every token
     of the whole chat is. Otherwise it marks what the assistant wrote, in the turns that the
-    chat trains on. A token is trained on if any of its characters is.
+    chat trains on. A token is trained on if any of its characters is. Placeholders of images and
+    videos, which `vision` reads, are never trained on.
 
     A turn is trained as the model sees it: with the messages before it rendered as they are when
     the turn is the last one. Most templates write earlier turns the same way whatever follows, and
@@ -71,6 +79,10 @@ def encode_chat(
     """
     text = _render(tokenizer, chat)
     refuse_surrogates(text)
+    if chat.media:
+        if vision is None:
+            raise UserError(why_no_vision(tokenizer.name_or_path))
+        vision.check(text, chat.media)
     # A template may ignore a role that it does not know, and what its messages say would be lost.
     roles = {message["role"] for message in chat.messages if message.get("content")}
     for role in roles - {"user", "assistant"}:
@@ -87,15 +99,60 @@ def encode_chat(
                 f'message {min(chat.untrained)} has "train": false, and data.train_on = "all" '
                 "trains on everything"
             )
-        found = tokenized(tokenizer, text)
-        return np.array(found["input_ids"], dtype=np.uint32), None, None
-    ids, masks = [], []
-    for sample in _samples(tokenizer, chat, text) or [_Sample(text, [])]:
+        if not chat.media:
+            ids = np.array(tokenized(tokenizer, text)["input_ids"], dtype=np.uint32)
+            return Encoded(ids, parsed_calls=chat.parsed_calls)
+        samples = [_Sample(text, [(0, len(text))])]
+    else:
+        samples = _samples(tokenizer, chat, text) or [_Sample(text, [])]
+    read = [_read(tokenizer, sample, chat, vision) for sample in samples]
+    return _joined(read)._replace(parsed_calls=chat.parsed_calls)
+
+
+def _read(
+    tokenizer: PreTrainedTokenizerBase, sample: _Sample, chat: Chat, vision: VisionProcessor | None
+) -> Encoded:
+    if not (chat.media and vision):
         found = tokenized(tokenizer, sample.text, return_offsets_mapping=True)
-        ids.append(np.array(found["input_ids"], dtype=np.uint32))
-        masks.append(_overlapping(found["offset_mapping"], sample.spans))
-    lengths = tuple(map(len, ids)) if len(ids) > 1 else None
-    return np.concatenate(ids), np.concatenate(masks), lengths
+        ids = np.array(found["input_ids"], dtype=np.uint32)
+        return Encoded(ids, _overlapping(found["offset_mapping"], sample.spans))
+    read = vision.read(sample.text, chat.media)
+    trained = _overlapping(read.offsets, sample.spans)
+    for begin, end in (span for visual in read.visuals for span in visual.spans):
+        trained[begin:end] = False
+    return Encoded(
+        read.ids, trained, visuals=read.visuals, media=read.media, positions=read.positions
+    )
+
+
+def _joined(samples: list[Encoded]) -> Encoded:
+    """Return samples end to end as the documents of one row."""
+    if len(samples) == 1:
+        return samples[0]
+    lengths = tuple(len(sample.ids) for sample in samples)
+    begins = np.cumsum((0, *lengths)).tolist()
+    moved = [one.at(at) for at, x in zip(begins, samples, strict=False) for one in x.visuals]
+    positions = [x.positions for x in samples if x.positions is not None]
+    return Encoded(
+        np.concatenate([x.ids for x in samples]),
+        np.concatenate([x.trained for x in samples]),
+        lengths,
+        visuals=tuple(moved),
+        media=tuple(one for x in samples for one in x.media),
+        positions=np.concatenate(positions) if positions else None,
+    )
+
+
+def why_no_vision(name: str) -> str:
+    """Return why images cannot be read with the tokenizer `name`."""
+    needed = {"pillow": "PIL", "torchvision": "torchvision"}
+    missing = [package for package, module in needed.items() if not find_spec(module)]
+    if missing:
+        return f"images need {' and '.join(missing)}: pip install 'titan-ulysses[vision]'"
+    return (
+        f'it has images, which need model.vision = "frozen" or "train", and in model.tokenizer = '
+        f'"{name}" a processor (processor_config.json or preprocessor_config.json)'
+    )
 
 
 def encode_answer(
@@ -246,10 +303,11 @@ def _render_marked(
     return texts[0], sorted(map(tuple, spans[0]))
 
 
-def _overlapping(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> np.ndarray:
+def _overlapping(offsets: Any, spans: list[tuple[int, int]]) -> np.ndarray:
     """Return a [tokens] bool array that marks the tokens that share a character with a span.
 
-    Both lists are sorted, and the spans are disjoint.
+    offsets: [tokens, 2], the characters of each token. Both lists are sorted, and the spans are
+    disjoint.
     """
     if not spans:
         return np.zeros(len(offsets), dtype=bool)

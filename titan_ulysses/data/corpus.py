@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from titan_ulysses.data.files import section_of
+from titan_ulysses.data.images import KINDS, Kind, Visual
+from titan_ulysses.data.media import Media
 from titan_ulysses.data.records import TOP, BadRow, Encoded
 from titan_ulysses.distributed.errors import UserError
 
@@ -27,6 +32,87 @@ class JoinedTokens:
         first = int(self._starts[part])
         assert span.stop <= max(span.start, self._starts[part + 1]), span
         return self._parts[part][span.start - first : span.stop - first]
+
+
+@dataclass(frozen=True)
+class StoredVisuals:
+    """The images and videos of a corpus, in its order: where they stand, and their sources.
+
+    The source is a path, or the content of the file that the row holds, as it is. Pixels are not
+    stored.
+    """
+
+    begins: np.ndarray
+    """[visuals] int64: the first placeholder of each, as an index into the corpus' tokens"""
+    sizes: np.ndarray
+    """[visuals, 3] int64: its kind, and the bytes of its description and of its content"""
+    content: np.ndarray
+    """[bytes] uint8: the description of each, in JSON, followed by its content"""
+    rows: np.ndarray | None = None
+    """[rows, 2] int64: the spans of tokens of rows that have some, in order; None: as below"""
+    positions: np.ndarray | None = None
+    """[tokens of these rows, axes] int32, from 0 in each document; None: positions are counted
+    along one axis"""
+
+    def between(self, begin: int, end: int) -> list[tuple[Visual, Media]]:
+        """Return those of a span of tokens; they count from its first token."""
+        first, last = map(int, np.searchsorted(self.begins, (begin, end)))
+        found = []
+        for index in range(first, last):
+            _, size, data = self.sizes[index].tolist()
+            at = int(self._ends[index]) - size - data
+            about = json.loads(self.content[at : at + size].tobytes())
+            name, path, row = about["media"]
+            visual = Visual(
+                about["kind"],
+                tuple(map(tuple, about["spans"])),
+                tuple(about["grid"]),
+                about["cost"],
+                seconds=about["seconds"],
+            ).at(int(self.begins[index]) - begin)
+            content = self.content[at + size : at + size + data].tobytes()
+            found.append((visual, Media(about["kind"], name, path, row, content)))
+        return found
+
+    def positions_of(self, begin: int, end: int) -> np.ndarray | None:
+        """Return the positions [axes, tokens] of a span of one document, from its first token."""
+        if self.positions is None:
+            return None
+        row = int(np.searchsorted(self.rows[:, 0], begin, side="right")) - 1
+        if row < 0 or begin >= self.rows[row, 1]:
+            return np.tile(np.arange(end - begin), (self.positions.shape[1], 1))
+        first = int(self._starts[row] + begin - self.rows[row, 0])
+        return self.positions[first : first + end - begin].T
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        counts = self.rows[:, 1] - self.rows[:, 0]
+        return counts.cumsum() - counts
+
+    @cached_property
+    def counts(self) -> dict[Kind, int]:
+        """How many there are of each kind that there is."""
+        kinds, counts = np.unique(self.sizes[:, 0], return_counts=True)
+        return {KINDS[kind]: count for kind, count in zip(kinds, counts.tolist(), strict=True)}
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return self.sizes[:, 1:].sum(axis=1).cumsum()
+
+
+def _stored(row: Encoded, offset: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield what to append to the columns of `StoredVisuals` for a row that begins at `offset`."""
+    for visual, its in zip(row.visuals, row.media, strict=True):
+        begin = visual.spans[0][0]
+        about = asdict(visual.at(-begin)) | {"media": (its.name, its.path, its.row)}
+        text = json.dumps(about, separators=(",", ":")).encode()
+        sizes = (KINDS.index(visual.kind), len(text), len(its.data))
+        yield "visual_begins", np.array([offset + begin], dtype=np.int64)
+        yield "visual_sizes", np.array(sizes, dtype=np.int64)
+        yield "visual_content", np.frombuffer(text + its.data, dtype=np.uint8)
+    if row.visuals and row.positions is not None:
+        yield "visual_rows", np.array([offset, offset + len(row.ids)], dtype=np.int64)
+        yield "visual_positions", row.positions
 
 
 @dataclass(frozen=True)
@@ -55,6 +141,8 @@ class Corpus:
     """[tokens, k] TOP: a teacher's largest log-probabilities of each token; None: none."""
     desirable: np.ndarray | None = None
     """[documents] bool: whether the first completion of each pair is desirable; None: not known"""
+    visuals: StoredVisuals | None = None
+    """The images and videos of the documents; None: there is none."""
 
     @classmethod
     def from_documents(cls, documents: Iterable[np.ndarray | Encoded]) -> Corpus:
@@ -74,8 +162,8 @@ class Corpus:
             columns.setdefault(name, []).append(array)
         whole = {name: np.concatenate(arrays) for name, arrays in columns.items()}
         corpus, hasher = cls.from_columns(whole, content=""), xxhash.xxh3_128()
-        parts = (corpus.tokens, corpus.ends, corpus.trained, corpus.splits, corpus.teacher)
-        for part in (*parts, corpus.desirable):
+        parts = [corpus.tokens, corpus.ends, corpus.trained, corpus.splits, corpus.teacher]
+        for part in [*parts, corpus.desirable, corpus.visuals and corpus.visuals.content]:
             if part is not None:
                 hasher.update(np.ascontiguousarray(part).view(np.uint8).data)
         return replace(corpus, content=hasher.hexdigest())
@@ -86,6 +174,15 @@ class Corpus:
         tokens, ends, teacher = columns["tokens"], columns["lengths"].cumsum(), None
         if "teacher" in columns:
             teacher = columns["teacher"].reshape(len(tokens), -1)
+        visuals = None
+        if "visual_begins" in columns:
+            found: dict[str, Any] = {x: columns.get(f"visual_{x}") for x in VISUAL_COLUMNS}
+            found["sizes"] = found["sizes"].reshape(-1, 3)
+            if found["rows"] is not None:
+                found["rows"] = found["rows"].reshape(-1, 2)
+                tokens_with = int((found["rows"][:, 1] - found["rows"][:, 0]).sum())
+                found["positions"] = found["positions"].reshape(tokens_with, -1)
+            visuals = StoredVisuals(**found)
         return cls(
             tokens,
             ends - columns["lengths"],
@@ -95,6 +192,7 @@ class Corpus:
             splits=columns.get("splits"),
             teacher=teacher,
             desirable=columns.get("desirable"),
+            visuals=visuals,
         )
 
     def __len__(self) -> int:
@@ -156,15 +254,29 @@ class Corpus:
         return self.select(~held_out), self.select(held_out)
 
 
-COLUMNS = {"lengths": np.int64, "trained": bool, "splits": np.int64, "teacher": TOP}
-COLUMNS |= {"desirable": bool}
+VISUAL_COLUMNS = {
+    "begins": np.int64,
+    "sizes": np.int64,
+    "content": np.uint8,
+    "rows": np.int64,
+    "positions": np.int32,
+}
+"""The columns of `StoredVisuals`, and their dtypes."""
+COLUMNS = {
+    "lengths": np.int64,
+    "trained": bool,
+    "splits": np.int64,
+    "teacher": TOP,
+    "desirable": bool,
+} | {f"visual_{name}": dtype for name, dtype in VISUAL_COLUMNS.items()}
 """The dtypes of a corpus' columns. That of its tokens is as narrow as their ids allow."""
 
 
 def columns_of(rows: Iterable[Encoded]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the arrays of a corpus' columns as rows arrive: (column, what to append to it).
 
-    A column that no row needs is left out: the mask, the splits of pairs, or the teacher's answers.
+    A column that no row needs is left out: the mask, the splits of pairs, the teacher's answers,
+    those of images.
     """
     yield "tokens", np.empty(0, dtype=np.uint8)
     yield "lengths", np.empty(0, dtype=np.int64)
@@ -184,6 +296,7 @@ def columns_of(rows: Iterable[Encoded]) -> Iterator[tuple[str, np.ndarray]]:
             yield "teacher", row.teacher
         if row.desirable is not None:
             yield "desirable", np.array([row.desirable])
+        yield from _stored(row, tokens)
         tokens += count
 
 

@@ -25,19 +25,22 @@ from titan_ulysses.data.records import (
     Encoded,
     Judged,
     Preference,
-    RefusedRow,
     Row,
 )
 from titan_ulysses.data.tokenizer import encode, num_token_ids
-from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.errors import RefusedRow, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from titan_ulysses.data.processor import VisionProcessor
 
 _CHUNK_CHARACTERS = 2**18
 """Size of the chunks sent to worker processes: large enough to be worth the transfer, small enough
 to keep all workers busy until the end.
 """
+_IMAGE_CHARACTERS = 2**12
+"""What reading the header of an image costs, and encoding its placeholders."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Encoder:
 
     tokenizer: PreTrainedTokenizerBase
     train_on: str = "assistant"
+    vision: VisionProcessor | None = None
+    """reads chats with images; None: a row with one is refused"""
 
     def __call__(self, row: Row | BadRow) -> Encoded | BadRow:
         """Encode the row.
@@ -81,8 +86,7 @@ class Encoder:
         if isinstance(content, Judged):
             return self._judged(content)
         if isinstance(content, Chat):
-            ids, trained, lengths = encode_chat(tokenizer, content, train_on=self.train_on)
-            return Encoded(ids, trained, lengths, parsed_calls=content.parsed_calls)
+            return encode_chat(tokenizer, content, train_on=self.train_on, vision=self.vision)
         if isinstance(content, Completion):
             ids, trained = self._completion(*content)
             return Encoded(ids, None if self.train_on == "all" else trained)
@@ -168,10 +172,12 @@ class Encoder:
         )
         versions = (transformers.__version__, tokenizers.__version__)
         special = (tokenizer.special_tokens_map, tokenizer.eos_token_id)
-        parts = [
+        parts: list[tuple] = [
             (*versions, type(tokenizer).__name__, self.train_on),
             (backend, tokenizer.chat_template, *special),
         ]
+        if self.vision:
+            parts.append((self.vision.fingerprint(),))
         return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -210,7 +216,8 @@ def size_of(row: Row | BadRow) -> int:
     """Return approximately how many characters of the row have to be encoded."""
     content = row.content if isinstance(row, Row) else ""
     if isinstance(content, Chat):
-        return sum(len(str(message.get("content", ""))) for message in content.messages)
+        texts = sum(len(str(message.get("content", ""))) for message in content.messages)
+        return texts + sum(_IMAGE_CHARACTERS + len(one.data) for one in content.media)
     if isinstance(content, Preference | Judged):
         return len(str(content))
     if isinstance(content, Encoded):
@@ -237,6 +244,11 @@ _encoder: Encoder
 def _start_worker(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
+    become_worker()
+
+
+def become_worker() -> None:
+    """Prepare a worker process: it leaves Ctrl-C to its parent, and ends with it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process per core already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()

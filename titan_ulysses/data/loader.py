@@ -7,9 +7,10 @@ therefore needs no communication, and a position in the stream means the same on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ import xxhash
 from torch import Tensor
 
 from titan_ulysses.data.balance import DealtStep, deal_step
+from titan_ulysses.data.decoding import Decoder
+from titan_ulysses.data.images import Kind, Pixels, Visuals
+from titan_ulysses.data.media import Media
 from titan_ulysses.data.packing import PackedSample, SampleStream
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import (
@@ -36,7 +40,9 @@ class Batch:
     labels: Tensor
     """[B, T] int64, shifted before the slice was taken; `IGNORE_INDEX` if nothing is predicted"""
     position_ids: Tensor
-    """[B, T] int64, the positions in the document, not in the slice"""
+    """[B, T] int64, the positions in the document, not in the slice; [A, B, T] in a family that
+    counts them along A axes
+    """
     documents: Documents
     """The document lengths of each whole row: B tuples that each sum to S. They are on the host, so
     that attention can read them without a device synchronization.
@@ -71,6 +77,11 @@ class Batch:
         """The document lengths of the rows that count."""
         return self.documents[: len(self.documents) - self.fill_rows]
 
+    visuals: Visuals | None = None
+    """The images and videos of all whole rows; None for a model of text."""
+    pixels: tuple[Pixels, ...] | None = None
+    """Of each of `visuals` that is here, in order: of whole rows all, or None if added later."""
+
     def inputs(self) -> dict[str, Any]:
         """Return the arguments of the model's forward: what is there, without that of the loss."""
         of_loss = ("reference", "desirable", "loss_inputs", "fill_rows")
@@ -86,22 +97,27 @@ class Batch:
         if missing:
             mask, limits = self.attention_mask, self.position_limits
             mask = torch.ones_like(self.input_ids) if mask is None else mask
-            positions = torch.arange(missing).expand(len(mask), -1)
+            positions = torch.arange(missing).expand(*self.position_ids.shape[:-1], -1)
             whole = replace(
                 self,
                 input_ids=F.pad(self.input_ids, (0, missing)),
                 labels=F.pad(self.labels, (0, missing), value=IGNORE_INDEX),
-                position_ids=torch.cat([self.position_ids, positions], dim=1),
+                position_ids=torch.cat([self.position_ids, positions], dim=-1),
                 documents=tuple((*row, missing) for row in self.documents),
                 attention_mask=F.pad(mask, (0, missing)),
                 position_limits=limits and tuple((*row, missing) for row in limits),
             )
         chunk_tokens = chunk_length(stream_chunk_tokens, whole.input_ids.shape[1], degree)
         cut = partial(local_slice, rank=rank, degree=degree, chunk_tokens=chunk_tokens)
-        # Those of pairs and of documents have no tokens to cut.
-        whole_ones = {name: getattr(whole, name) for name in ("reference", "desirable", "targets")}
-        each = replace(whole, **dict.fromkeys(whole_ones), chunk_tokens=chunk_tokens)
-        return replace(each._each_tensor(cut), **whole_ones)
+        # Without those whose second dimension is not that of tokens.
+        names = ("reference", "desirable", "targets", "pixels")
+        others = {name: getattr(whole, name) for name in names}
+        each = replace(whole, **dict.fromkeys(names), position_ids=None, chunk_tokens=chunk_tokens)
+        if others["pixels"] is not None and self.visuals is not None:
+            own = self.visuals.own(rank, degree)
+            others["pixels"] = tuple(others["pixels"][i] for i in own)
+        position_ids = cut(whole.position_ids, dim=whole.position_ids.ndim - 1)
+        return replace(each._each_tensor(cut), position_ids=position_ids, **others)
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy the tensors of the batch to `device`; to a GPU without making the host wait."""
@@ -118,7 +134,27 @@ class Batch:
     def _each_tensor(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tensors = {k: change(x) for k, x in vars(self).items() if isinstance(x, Tensor)}
         loss_inputs = {name: change(x) for name, x in self.loss_inputs.items()}
-        return replace(self, **tensors, loss_inputs=loss_inputs)
+        pixels = self.pixels and tuple({k: change(x) for k, x in p.items()} for p in self.pixels)
+        return replace(self, **tensors, loss_inputs=loss_inputs, pixels=pixels)
+
+
+_AHEAD = 1
+"""Batches whose images are decoded while one is computed."""
+
+
+class _Opened(NamedTuple):
+    """The rows of a batch, of which this rank's images are being decoded."""
+
+    rows: list[PackedSample]
+    visuals: Visuals
+    pixels: list[tuple[Media, Future]]
+
+
+def _stacked_positions(rows: list[PackedSample]) -> Tensor:
+    """Return [A, B, S], or [B, S] where no row counts along axes. Text does so along one."""
+    axes = max(len(x) if (x := row.position_ids).ndim == 2 else 0 for row in rows)
+    alike = [x.expand(axes, -1) if axes else x for x in (row.position_ids for row in rows)]
+    return torch.stack(alike, dim=-2)
 
 
 class Loader:
@@ -133,6 +169,9 @@ class Loader:
 
     vocab_size: of that model. A token outside of it is a `UserError` that names the sequence; None
     does not look.
+
+    decoder: what decodes images, of which the rank needs its own. It begins with those of the next
+    batches while the step is computed.
     """
 
     def __init__(
@@ -147,6 +186,7 @@ class Loader:
         sp_degree: int = 1,
         stream_chunk_tokens: int = -1,
         vocab_size: int | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         assert 0 <= batch_rank < batch_degree, (batch_rank, batch_degree)
         assert 0 <= sp_rank < sp_degree, (sp_rank, sp_degree)
@@ -155,11 +195,12 @@ class Loader:
         self.batch_size, self.batch_rank, self.batch_degree = batch_size, batch_rank, batch_degree
         self.accumulation_steps = accumulation_steps
         self.sp_rank, self.sp_degree = sp_rank, sp_degree
-        self.vocab_size = vocab_size
+        self.vocab_size, self.decoder = vocab_size, decoder
         self.stream_chunk_tokens = stream_chunk_tokens
         self._origin = 0  # number of sequences that had been read when this loader began
         self._batches = 0  # number of batches since then
-        self._dealt_step, self._step = -1, DealtStep([], None)
+        self._steps: dict[int, DealtStep] = {}
+        self._ahead: dict[int, _Opened] = {}
         self._hash = xxhash.xxh3_128()
 
     @property
@@ -168,9 +209,28 @@ class Loader:
         return self._origin + self._batches * self.batch_size * self.batch_degree
 
     def next_batch(self) -> Batch:
-        rows = self._rows(self._batches)
+        number = self._batches
+        for later in range(number, number + (_AHEAD if self._kinds else 0) + 1):
+            if later not in self._ahead:
+                rows = [self._checked(index) for index in self._rows(later)]
+                self._ahead[later] = self._opened(rows)
         self._batches += 1
-        return self._batch([self._checked(index) for index in rows])
+        return self._batch(self._ahead.pop(number))
+
+    @property
+    def _kinds(self) -> tuple[Kind, ...]:
+        """The kinds of images and videos in the data."""
+        return tuple(self.sequences.visual_counts)
+
+    def _opened(self, rows: list[PackedSample]) -> _Opened:
+        """Begin to decode this rank's images of whole sequences."""
+        items = tuple(one.at(0, row=i) for i, row in enumerate(rows) for one in row.visuals)
+        media = [one for row in rows for one in row.media]
+        visuals, pixels = Visuals(items, self._kinds), []
+        if self.decoder is not None:
+            own = visuals.own(self.sp_rank, self.sp_degree)
+            pixels = [(media[i], self.decoder.start(media[i], items[i])) for i in own]
+        return _Opened(rows, visuals, pixels)
 
     def _checked(self, index: int) -> PackedSample:
         """Return a sequence whose tokens are all in the vocabulary."""
@@ -201,7 +261,7 @@ class Loader:
         return self._deal(step).sequences[micro_batch][self.batch_rank]
 
     def _deal(self, step: int) -> DealtStep:
-        if step != self._dealt_step:
+        if step not in self._steps:
             ranks, batch_size = self.batch_degree, self.batch_size
             count = batch_size * ranks * self.accumulation_steps
             first = self._origin + step * count
@@ -210,9 +270,10 @@ class Loader:
                 self.sequences.document_lengths(index) if ranks > 1 else None
                 for index in range(first, first + count)
             ]
-            self._dealt_step = step
-            self._step = deal_step(first, lengths, ranks=ranks, batch_size=batch_size)
-        return self._step
+            dealt = deal_step(first, lengths, ranks=ranks, batch_size=batch_size)
+            # Those of batches ahead are kept too.
+            self._steps = dict([*self._steps.items()][-_AHEAD:]) | {step: dealt}
+        return self._steps[step]
 
     def read(self, indices: Sequence[int]) -> Batch:
         """Return this rank's part of a global micro-batch that consists of these sequences, in
@@ -227,12 +288,17 @@ class Loader:
         missing = self.batch_size - len(rows)
         if missing:
             row = self._checked(indices[0])
-            unlabelled = torch.full_like(row.labels, IGNORE_INDEX)
-            rows += [row._replace(labels=unlabelled, padding=len(row.labels))] * missing
-        return replace(self._batch(rows), fill_rows=missing)
+            row = row._replace(
+                labels=torch.full_like(row.labels, IGNORE_INDEX), padding=len(row.labels)
+            )
+            if row.visuals:  # nothing is decoded for a row that only fills
+                row = row._replace(input_ids=torch.zeros_like(row.input_ids), visuals=(), media=())
+            rows += [row] * missing
+        return replace(self._batch(self._opened(rows)), fill_rows=missing)
 
-    def _batch(self, rows: list[PackedSample]) -> Batch:
-        """Return this rank's slice of whole sequences."""
+    def _batch(self, opened: _Opened) -> Batch:
+        """Return this rank's slice of whole sequences, with the pixels of its images."""
+        rows = opened.rows
         self._hash = xxhash.xxh3_128()
         for row in rows:
             self._hash.update(row.input_ids.numpy())
@@ -245,7 +311,7 @@ class Loader:
         whole = Batch(
             input_ids=torch.stack([row.input_ids for row in rows]),
             labels=torch.stack([row.labels for row in rows]),
-            position_ids=torch.stack([row.position_ids for row in rows]),
+            position_ids=_stacked_positions(rows),
             documents=tuple(row.document_lengths for row in rows),
             attention_mask=mask,
             reference=torch.cat(references) if references else None,
@@ -254,12 +320,16 @@ class Loader:
                 name: torch.stack([row.loss_inputs[name] for row in rows])
                 for name in rows[0].loss_inputs
             },
+            visuals=opened.visuals if self._kinds else None,
         )
-        return whole.local(
+        local = whole.local(
             rank=self.sp_rank,
             degree=self.sp_degree,
             stream_chunk_tokens=self.stream_chunk_tokens,
         )
+        if self.decoder is None or not self._kinds:
+            return local
+        return replace(local, pixels=tuple(self.decoder.finish(*one) for one in opened.pixels))
 
     def fingerprint(self) -> str:
         """Return a hash of the tokens of the last batch: of whole sequences, before the slice.
@@ -295,5 +365,5 @@ class Loader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._origin, self._batches = int(state["sequences_consumed"]), 0
-        self._dealt_step = -1
+        self._steps, self._ahead = {}, {}
         self.sequences.seek(self._consumed, state.get("position"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import accumulate
@@ -23,6 +24,7 @@ class CombinedSequences(SampleStream):
         self.sources, self.notes = sources, []
         self._parts = [*sources.values()]
         self.seq_len = self._parts[0].seq_len
+        self.visual_counts = dict(sum((Counter(x.visual_counts) for x in self._parts), Counter()))
 
     def parts(self) -> dict[str, SampleStream]:
         return self.sources

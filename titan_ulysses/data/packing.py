@@ -7,7 +7,7 @@ data of a run, this is the only place where labels are shifted and documents are
 from __future__ import annotations
 
 from bisect import bisect_right, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from itertools import islice
 from typing import Any, NamedTuple
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from titan_ulysses.data.corpus import Corpus, JoinedTokens
+from titan_ulysses.data.images import Kind, Visual
+from titan_ulysses.data.media import Media
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
 
@@ -40,7 +42,7 @@ class PackedSample(NamedTuple):
     document, at padding, and at labels that are not trained on.
     """
     position_ids: torch.Tensor
-    """[S] int64, from 0 in each piece"""
+    """[S] int64, from 0 in each piece; [A, S] where images are counted along A axes"""
     document_lengths: tuple[int, ...]
     """the lengths of the pieces, with padding as the last piece; their sum is S"""
     reference: torch.Tensor | None = None
@@ -51,6 +53,10 @@ class PackedSample(NamedTuple):
     """[S, ...] each: what the loss reads besides the labels, by name (see `teacher_of_labels`)"""
     padding: int = 0
     """the number of tokens at the end that are padding"""
+    visuals: tuple[Visual, ...] = ()
+    """its images and videos, by their first placeholders"""
+    media: tuple[Media, ...] = ()
+    """of each of them, where its pixels are"""
 
 
 def slice_document(
@@ -120,6 +126,25 @@ def teacher_of_labels(
     }
 
 
+def with_visuals(sample: PackedSample, corpus: Corpus, spans: Sequence[Span]) -> PackedSample:
+    """Return a sequence of whole documents with their images, and positions that go with them."""
+    stored, at, found, axes = corpus.visuals, 0, [], []
+    for begin, end, _ in spans:
+        found += [(one.at(at), media) for one, media in stored.between(begin, end)]
+        positions = stored.positions_of(begin, end)
+        axes += [] if positions is None else [positions]
+        at += end - begin
+    position_ids = sample.position_ids
+    if axes:
+        position_ids = position_ids.repeat(len(axes[0]), 1)
+        position_ids[:, :at] = torch.from_numpy(np.concatenate(axes, axis=1))
+    return sample._replace(
+        position_ids=position_ids,
+        visuals=tuple(visual for visual, _ in found),
+        media=tuple(media for _, media in found),
+    )
+
+
 def shuffled(count: int, *, seed: int, epoch: int) -> np.ndarray:
     """Return a permutation [count] int64 that is determined by (seed, epoch).
 
@@ -145,6 +170,8 @@ class SampleStream:
     """Remarks about the data for the log: what was left out or cut, and a mixture's weights."""
     source_names: list[str] = []
     """Names of the sources of a mixture; empty where there is one source."""
+    visual_counts: dict[Kind, int] = {}  # noqa: RUF012  a default that nobody changes
+    """How many images and videos the data has, by the kinds that it has; none in text."""
 
     def __getitem__(self, index: int) -> PackedSample:
         raise NotImplementedError
@@ -227,6 +254,7 @@ class CorpusSequences(SampleStream):
     def __init__(self, corpus: Corpus, *, seq_len: int, seed: int, shuffle: bool) -> None:
         self.corpus, self.seq_len, self.seed, self.shuffle = corpus, seq_len, seed, shuffle
         self.notes: list[str] = []
+        self.visual_counts = corpus.visuals.counts if corpus.visuals else {}
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def _spans(self, index: int) -> list[Span]:
@@ -236,6 +264,8 @@ class CorpusSequences(SampleStream):
         corpus, spans = self.corpus, self._spans(index)
         pieces = (slice_document(corpus.tokens, corpus.trained, *span) for span in spans)
         sample = concat_pieces(pieces, self.seq_len)
+        if corpus.visuals:
+            sample = with_visuals(sample, corpus, spans)
         if corpus.teacher is None:
             return sample
         inputs = teacher_of_labels(corpus.teacher, spans, self.seq_len)

@@ -7,6 +7,8 @@ A row becomes a document of token ids (`encoding`), one of a corpus that is cach
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from titan_ulysses.config.schema import Config, SourceSettings
@@ -22,9 +24,15 @@ from titan_ulysses.distributed.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from titan_ulysses.data.processor import VisionProcessor
+
 
 def open_sequences(
-    config: Config, tokenizer: PreTrainedTokenizerBase, *, eval_only: bool = False
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    vision: VisionProcessor | None = None,
+    *,
+    eval_only: bool = False,
 ) -> tuple[SampleStream | None, SampleStream | None]:
     """Return the training stream and the held-out stream of a run.
 
@@ -32,10 +40,11 @@ def open_sequences(
     sets (see `open_validation_sets`). Training data is shuffled and has no end. Held-out data
     contains every token once, in the order of its files; sequences that are not full are padded. It
     comes from `validation.path` or `validation.split`, read with the settings of [data], or from
-    documents held out of each training source.
+    documents held out of each training source. `vision` reads chats with images.
     """
     data, validation = config.data, config.validation
     # Whether validation has data of its own, in place of documents held out of training data.
+    encoder = partial(encoder_of, tokenizer, vision)
     has_own = validation.enable and bool(validation.path or validation.split or validation.sets)
     training = held_out = None
     if not (has_own and eval_only):
@@ -44,7 +53,7 @@ def open_sequences(
         }
         splits = validation.enable and not has_own
         opened = [
-            _open(config, tokenizer, source, setting, splits=splits)
+            _open(config, encoder(source), source, setting, splits=splits)
             for setting, source in (sources or {"data.path": data}).items()
         ]
         training, held_out = opened[0]
@@ -66,26 +75,36 @@ def open_sequences(
         }
         setting = "validation.path" if validation.path else "validation.split: data.path"
         source = data.model_copy(update=changes)
-        found = _read(config, tokenizer, source, setting)
+        found = _read(config, encoder(source), source, setting)
         held_out = _pack(config, setting, *found, held_out=True)
     return None if eval_only else training, held_out
 
 
 def open_validation_sets(
-    config: Config, tokenizer: PreTrainedTokenizerBase
+    config: Config, tokenizer: PreTrainedTokenizerBase, vision: VisionProcessor | None = None
 ) -> dict[str, SampleStream]:
     """Return {name: held-out sequences} of [[validation.sets]], each with its own packing."""
     streams = {}
     for i, entry in enumerate(config.validation.sets if config.validation.enable else ()):
         setting = f"validation.sets[{i}].path"
-        found = _read(config, tokenizer, entry, setting)
+        found = _read(config, encoder_of(tokenizer, vision, entry), entry, setting)
         streams[entry.name] = _pack(config, setting, *found, held_out=True, packing=entry.packing)
     return streams
 
 
+def encoder_of(
+    tokenizer: PreTrainedTokenizerBase, vision: VisionProcessor | None, source: SourceSettings
+) -> Encoder:
+    """Return what encodes the rows of a source. Bad images are left out while it is read, if any
+    are: no rank can leave a row out later.
+    """
+    decodes = source.bad_lines == "skip"
+    return Encoder(tokenizer, source.train_on, vision and replace(vision, decodes=decodes))
+
+
 def _open(
     config: Config,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     source: SourceSettings,
     setting: str,
     *,
@@ -94,7 +113,6 @@ def _open(
     """Return the training stream of one source and, if `splits`, a stream of held-out documents."""
     training, held_out = config.training, None
     if source.streaming:
-        encoder = Encoder(tokenizer, source.train_on)
         encoder.check(source.source)
         rows = open_rows(source, setting)
         if not isinstance(rows, DatasetRows):
@@ -106,7 +124,7 @@ def _open(
         options = {"seq_len": training.seq_len, "seed": training.seed}
         skip = source.bad_lines == "skip"
         return StreamedSequences(rows, encoder, **options, skip_bad=skip), None
-    corpus, notes = _read(config, tokenizer, source, setting)
+    corpus, notes = _read(config, encoder, source, setting)
     if splits:
         corpus, rest = corpus.split_held_out(setting=setting)
         held_out = _pack(config, f"the held-out documents of {setting}", rest, held_out=True)
@@ -114,12 +132,12 @@ def _open(
 
 
 def _read(
-    config: Config, tokenizer: PreTrainedTokenizerBase, source: SourceSettings, setting: str
+    config: Config, encoder: Encoder, source: SourceSettings, setting: str
 ) -> tuple[Corpus, list[str]]:
     """Return the documents of a source, and notes about them for the log."""
     if not source.path:
         raise UserError(f"{setting} is not set: give a file or folder to read", exit_code=2)
-    encoder, folder = Encoder(tokenizer, source.train_on), config.data.cache_folder
+    folder = config.data.cache_folder
     corpus, stats = read_corpus(source, encoder, cache_folder=folder, setting=setting)
     return corpus, stats.notes(source.source)
 
@@ -134,16 +152,24 @@ def _pack(
     packing: str = "",
 ) -> SampleStream:
     """Return the sequences of a corpus. What is held out comes once, in its order."""
+    key = "packing" if packing else "data.packing"
     seq_len, packing = config.training.seq_len, packing or config.data.packing
+    if corpus.visuals and packing == "concat":
+        raise UserError(
+            f'{setting} has images or videos, and {key} = "concat" would cut them at the ends of '
+            f'sequences: set {key} = "best_fit", or "none" for one document in a sequence'
+        )
     # Documents longer than a sequence are dropped here, or split later by the packing.
     if long := int((corpus.lengths > seq_len).sum()):
         drops = config.data.long_documents == "drop"
-        if corpus.splits is not None and not drops:
+        if (corpus.splits is not None or corpus.visuals) and not drops:
+            what, one = "pair(s) of completions, with their prompts,", "a pair"
+            if corpus.visuals:
+                what, one = "document(s)", "a document with images"
             raise UserError(
-                f"{setting}: {long:,} pair(s) of completions, with their prompts, are longer than "
-                f"training.seq_len = {seq_len} (the longest has {corpus.lengths.max():,} tokens), "
-                "and a pair cannot be cut: raise training.seq_len, or set data.long_documents = "
-                '"drop"'
+                f"{setting}: {long:,} {what} are longer than training.seq_len = {seq_len} (the "
+                f"longest has {corpus.lengths.max():,} tokens), and {one} cannot be cut: raise "
+                'training.seq_len, or set data.long_documents = "drop"'
             )
         corpus = corpus.select(corpus.lengths <= seq_len) if drops else corpus
         notes = [

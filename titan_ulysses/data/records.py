@@ -16,11 +16,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from titan_ulysses.config.schema import SourceSettings
+from titan_ulysses.data.images import Visual
+from titan_ulysses.data.media import Media, has_media, take_media
+from titan_ulysses.distributed.errors import RefusedRow
 
 TOKEN_FIELDS = (
     "input_ids",
@@ -37,13 +41,6 @@ TOP = np.dtype([("id", np.uint32), ("log_prob", np.float32)])
 NOT_TRAINED = -100
 
 
-class RefusedRow(ValueError):
-    """Raised with the reason if a row cannot become a document.
-
-    It becomes a `BadRow` in the caller, which knows the place of the row.
-    """
-
-
 class Completion(NamedTuple):
     prompt: str
     completion: str
@@ -56,6 +53,8 @@ class Chat(NamedTuple):
     """messages of the assistant, by number from 0, that are not trained on"""
     parsed_calls: int = 0
     """tool calls whose arguments were JSON text, see `_parse_calls`"""
+    media: tuple[Media, ...] = ()
+    """the images and videos of the messages, in their order"""
 
 
 class Preference(NamedTuple):
@@ -94,6 +93,12 @@ class Encoded(NamedTuple):
     """tool calls of the row whose arguments were JSON text"""
     desirable: bool | None = None
     """whether the completion is good; None: not known"""
+    visuals: tuple[Visual, ...] = ()
+    """its images and videos, by their first placeholders, which count from the row's first token"""
+    media: tuple[Media, ...] = ()
+    """of each of them, where its pixels are"""
+    positions: np.ndarray | None = None
+    """[tokens, axes] int32, from 0 in each document; None: they count along one axis"""
 
     def documents(self) -> Iterator[Encoded]:
         """Yield each document of the row. A pair is one."""
@@ -102,8 +107,17 @@ class Encoded(NamedTuple):
             return
         ends = np.cumsum(self.lengths).tolist()
         for begin, end in zip([0, *ends], ends, strict=False):
-            arrays = (x if x is None else x[begin:end] for x in (self.trained, self.teacher))
-            yield Encoded(self.ids[begin:end], next(arrays), teacher=next(arrays))
+            columns = (self.ids, self.trained, self.teacher, self.positions)
+            ids, trained, teacher, positions = (x if x is None else x[begin:end] for x in columns)
+            here = [i for i, one in enumerate(self.visuals) if begin <= one.spans[0][0] < end]
+            yield Encoded(
+                ids,
+                trained,
+                teacher=teacher,
+                visuals=tuple(self.visuals[i].at(-begin) for i in here),
+                media=tuple(self.media[i] for i in here),
+                positions=positions,
+            )
 
 
 class Row(NamedTuple):
@@ -117,10 +131,13 @@ class BadRow(NamedTuple):
     reason: str
 
 
-def read_record(record: Any, source: SourceSettings, place: str) -> Row | BadRow:
+def read_record(
+    record: Any, source: SourceSettings, place: str, folder: Path = Path()
+) -> Row | BadRow:
     """Return the row of one record, as `source` says what it holds.
 
-    An exception in the place of the record says why the line is not JSON.
+    Relative paths of images begin in `folder`. An exception in the place of the record says why the
+    line is not JSON.
     """
     if isinstance(record, ValueError | RecursionError):
         return BadRow(
@@ -130,7 +147,7 @@ def read_record(record: Any, source: SourceSettings, place: str) -> Row | BadRow
         return BadRow(place, f"a JSON {type(record).__name__}, not an object with fields")
     try:
         if source.source == "chat":
-            return Row(place, _read_chat(record, source))
+            return Row(place, _read_chat(record, source, place, folder))
         if source.source == "preference":
             return Row(place, _read_preference(record, source))
         if source.source == "unpaired":
@@ -243,7 +260,7 @@ FLAGS = ("train", "loss", "weight")
 """The fields of a message that say whether it is trained on; weight is OpenAI's."""
 
 
-def _read_chat(record: dict[str, Any], source: SourceSettings) -> Chat:
+def _read_chat(record: dict[str, Any], source: SourceSettings, place: str, folder: Path) -> Chat:
     messages, tools = _messages_of(record, source), record.get(source.tools_field)
     flags = [_trained_flag(message, number) for number, message in enumerate(messages)]
     for number, (message, flag) in enumerate(zip(messages, flags, strict=True)):
@@ -272,9 +289,10 @@ def _read_chat(record: dict[str, Any], source: SourceSettings) -> Chat:
         untrained |= {*turns[:-1]}
     # Templates get the messages without the flag: some write all that a message holds.
     messages = [{k: v for k, v in message.items() if k not in FLAGS} for message in messages]
-    messages = _without_nulls(messages)
+    messages, media = take_media(_without_nulls(messages), record, folder)
+    media = tuple(one._replace(row=place) for one in media)
     calls = _parse_calls(messages)
-    return Chat(messages, _without_nulls(tools) or None, frozenset(untrained), calls)
+    return Chat(messages, _without_nulls(tools) or None, frozenset(untrained), calls, media)
 
 
 def _read_preference(record: dict[str, Any], source: SourceSettings) -> Preference:
@@ -300,6 +318,8 @@ def _read_preference(record: dict[str, Any], source: SourceSettings) -> Preferen
             )
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     prompt, chosen, rejected = map(_without_nulls, (prompt, chosen, rejected))
+    if any(map(has_media, (prompt, chosen, rejected))):
+        raise RefusedRow('it has an image or video, which only data.source = "chat" may have')
     parsed = sum(map(_parse_calls, (prompt, chosen, rejected)))
     return Preference(prompt, chosen, rejected, parsed)
 

@@ -137,7 +137,7 @@ class RecordRows(FileRows):
             records = enumerate(table(file), start=1) if table else self._json(file)
             try:
                 for number, record in records:
-                    yield read_record(record, self.source, f"{name}:{number}")
+                    yield read_record(record, self.source, f"{name}:{number}", file.parent)
             except (OSError, ValueError, RecursionError, ArrowException) as error:
                 raise UserError(
                     f"{self.setting}: {file} cannot be read ({one_line(error)}): repair it, or "
@@ -279,6 +279,9 @@ class DatasetRows(Rows):
             self.dataset = self._open()
         if source.source == "tokens":
             self.dataset = self.dataset.with_format("numpy")  # not a Python number for each token
+        self._has_media = source.source == "chat" and _decodes(self.dataset.features)
+        if self._has_media:
+            self.dataset = self.dataset.with_format("arrow")  # images as they are stored
         names = self.dataset.column_names  # None for a stream that does not know its columns yet
         for name in field_names(source, names or ()) if names is not None else []:
             if name not in names:
@@ -316,6 +319,7 @@ class DatasetRows(Rows):
                 self.dataset.data.validate(full=True)  # streams: see `_open`
             for record in islice(dataset, skip, None):
                 self.done += 1
+                record = record.to_pylist()[0] if self._has_media else record
                 yield read_record(record, self.source, f"row {self.done}")
         except (OSError, ValueError, ArrowException, DatasetsError) as error:
             raise self._refusal(
@@ -378,6 +382,13 @@ class DatasetRows(Rows):
 
     def _refusal(self, why: str) -> UserError:
         return UserError(f'{self.setting} = "{self.source.path}" {why}')
+
+
+def _decodes(features: Any) -> bool:
+    """Return whether `datasets` would decode images or videos of such rows."""
+    from datasets.features.features import require_decoding
+
+    return any(map(require_decoding, (features or {}).values()))
 
 
 def _validated_stream(rows: Any) -> Any:

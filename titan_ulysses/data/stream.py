@@ -123,4 +123,9 @@ class StreamedSequences(SampleStream):
                 [self.encoder(row)], setting=self.rows.setting, skip=self.skip_bad
             )
             for document in kept:
+                if document.visuals:
+                    raise UserError(
+                        f"{self.rows.setting}: row {number + 1} has an image or video, and a "
+                        "stream would cut it at the end of a sequence: set streaming = false"
+                    )
                 yield number, document

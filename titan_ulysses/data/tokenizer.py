@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from titan_ulysses.data.records import RefusedRow
-from titan_ulysses.distributed.errors import UserError, one_line
+from titan_ulysses.distributed.errors import RefusedRow, UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,6 +20,13 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
+class RefusedRow(ValueError):
+    """Raised with the reason if a row of the data cannot become a document.
+
+    It becomes a `BadRow` in the caller, which knows the place of the row.
+    """
+
+
 def first_failure(reason: str | None, *, group: dist.ProcessGroup | None = None) -> str | None:
     """Return, on every rank, the reason of the first rank that has one; None if no rank has one.
 

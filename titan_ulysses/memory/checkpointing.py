@@ -112,6 +112,7 @@ class _Segment:
         self.blocks, self.store, self.device = blocks, store, device
         self.extra_outputs = extra_outputs
         self.calls: list[tuple[tuple, dict[str, Any]]] = []
+        self.handed_on: Tensor | None = None
 
     def call(self, position: int, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Record the arguments of the block at position; at the last block, run the segment.
@@ -120,10 +121,18 @@ class _Segment:
         """
         if position == 0:
             self.calls = []  # drops what an interrupted forward has recorded
+        elif hidden is not self.handed_on:
+            raise UserError(
+                f"activation_checkpoint.every = {len(self.blocks)}: the decoder computes with "
+                f"hidden states between its blocks (before {type(self.blocks[position]).__name__} "
+                f"{position} of a segment), which a segment would leave out. Set "
+                "activation_checkpoint.every = 1."
+            )
         self.calls.append((args, kwargs))
         if len(self.calls) < len(self.blocks):
+            self.handed_on = hidden
             return hidden if self.extra_outputs is None else (hidden, *self.extra_outputs)
-        calls, self.calls = self.calls, []
+        calls, self.calls, self.handed_on = self.calls, [], None
         memos: list[dict] = [{} for _ in calls]
         assert position == len(calls) - 1, "the decoder does not call its blocks in order"
 

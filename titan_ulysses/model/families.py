@@ -21,9 +21,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from titan_ulysses.config.toml import to_toml
 from titan_ulysses.distributed.errors import UserError, one_line
 from titan_ulysses.memory.losses import shape_scores
-from titan_ulysses.model.hf import build_on_meta
+from titan_ulysses.model.hf import build_on_meta, has_vision
 from titan_ulysses.model.released import check_form
 from titan_ulysses.model.router import unknown_router_loss
+from titan_ulysses.model.vision import check_vision
 from titan_ulysses.ulysses.indexer import INDEXED, has_unknown_indexers
 from titan_ulysses.ulysses.linear_attention import KINDS, WITH_STATE, WITHOUT_STATE, described
 
@@ -40,32 +41,50 @@ CHECKED_FAMILIES = {
     "gemma3_text",
     "gemma4_text",
     "glm4",
+    "glm46v",
     "glm4_moe",
     "glm4_moe_lite",
     "glm_moe_dsa",
+    "glm4v",
+    "glm4v_moe",
     "gpt_oss",
     "granite",
     "granitemoehybrid",
     "hunyuan_v1_moe",
     "hy_v3",
     "hyperclovax",
+    "idefics3",
+    "internvl",
+    "kimi_k25",
     "lfm2",
     "lfm2_moe",
+    "lfm2_vl",
     "llama",
     "llama4_text",
+    "llava",
+    "llava_next",
+    "llava_onevision",
     "mistral",
+    "mistral3",
     "nemotron_h",
     "olmo2",
     "olmo_hybrid",
     "phi3",
     "qwen2",
+    "qwen2_5_vl",
+    "qwen2_vl",
     "qwen3",
+    "qwen3_5",
+    "qwen3_5_moe",
     "qwen3_5_moe_text",
     "qwen3_5_text",
     "qwen3_moe",
     "qwen3_next",
+    "qwen3_vl",
+    "qwen3_vl_moe",
     "sarvam_moe",
     "smollm3",
+    "smolvlm",
     "solar_open",
     "starcoder2",
 }
@@ -223,6 +242,20 @@ def mlp_layout(block: nn.Module) -> MLPLayout | None:
     )
 
 
+def is_checked(config: PreTrainedConfig) -> bool:
+    """Return whether the tests compare models of this config with unmodified transformers.
+
+    A model of images and text may have the text and the tower of other families, and was compared
+    with the usual ones.
+    """
+    if config.model_type not in CHECKED_FAMILIES or not has_vision(config):
+        return config.model_type in CHECKED_FAMILIES
+    usual = type(config)()
+    text = config.get_text_config().model_type
+    is_known = text in {usual.get_text_config().model_type, *CHECKED_FAMILIES}
+    return is_known and config.vision_config.model_type == usual.vision_config.model_type
+
+
 def extra_block_outputs(config: PreTrainedConfig) -> tuple[None, ...] | None:
     """Return what the family's blocks return after their hidden states; None: no tuple."""
     return {"bamba": (None,), "falcon_h1": ()}.get(config.model_type)
@@ -299,7 +332,9 @@ def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def check_family(config: PreTrainedConfig) -> None:
     """Raise UserError for a model that would train wrongly; the message names what it needs."""
-    if _OTHER_MODES & config.sub_configs.keys():
+    if has_vision(config):
+        check_vision(config)
+    elif _OTHER_MODES & config.sub_configs.keys():
         raise UserError(
             f'model: "{config.model_type}" is multi-modal, and this version trains at most the '
             "text part of such a model. For qwen3_5, model.path of the whole model is enough. For "
@@ -307,6 +342,8 @@ def check_family(config: PreTrainedConfig) -> None:
             "(gemma3_text, llama4_text), and train that."
         )
     check_form(config)
+    ahead = _looks_ahead(config)
+    config = config.get_text_config()
     _check_rope(config)
     states = None
     others = sorted(set(layer_types(config) or ()) - WITH_STATE - WITHOUT_STATE)
@@ -319,7 +356,9 @@ def check_family(config: PreTrainedConfig) -> None:
             f"layers of type {_named(config, others)}, which carry state along the sequence or "
             f"choose what to see (known are {KINDS})"
         )
-    if needs := [*filter(None, (_looks_ahead(config), states, unknown_router_loss(config)))]:
+    if needs := [
+        *filter(None, (ahead or _looks_ahead(config), states, unknown_router_loss(config)))
+    ]:
         raise UserError(
             f'model: "{config.model_type}" needs {"; ".join(needs)}. This version cannot do that '
             "exactly."

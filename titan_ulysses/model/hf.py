@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -84,6 +86,19 @@ def _check_layer_count(settings: dict, where: str) -> None:
             raise UserError(f"{where}: {key} = {value} is more than {_MOST_LAYERS}: correct it.")
 
 
+def has_vision(config: PreTrainedConfig) -> bool:
+    """Return whether transformers builds a model of images and text of this config."""
+    known = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return known and "vision_config" in config.sub_configs
+
+
+def auto_class(config: PreTrainedConfig, *, classifier: bool = False) -> type:
+    """Return the class of transformers that builds and loads the model of this config."""
+    if classifier:
+        return AutoModelForSequenceClassification
+    return AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
+
+
 def build_on_meta(
     config: PreTrainedConfig, dtype: torch.dtype, *, classifier: bool = False
 ) -> PreTrainedModel:
@@ -96,8 +111,7 @@ def build_on_meta(
     """
     try:
         with torch.device("meta"):
-            auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-            model = auto.from_config(
+            model = auto_class(config, classifier=classifier).from_config(
                 copy.deepcopy(config),
                 dtype=dtype,
                 experts_implementation=experts_path(dtype),
@@ -195,7 +209,7 @@ def allocate(
             # Parameters beside a buffer, as in a scaled embedding, must not be initialized here:
             # meta tensors take their places.
             with _own_parameters_of(module, device="meta"):
-                model._init_weights(module)
+                _init_weights(model, module)
             _fill_by_owners(model, module, module.buffers)
             for name in buffers:
                 setattr(module, name, getattr(module, name).to(device))
@@ -220,7 +234,7 @@ def initialize(model: PreTrainedModel, seed: int) -> None:
         whole = {k: torch.full(p.shape, torch.nan, dtype=p.dtype) for k, p in sharded.items()}
         with torch.random.fork_rng(devices=[]), swap_parameters(module, whole):
             torch.manual_seed(seed_of(seed, plain(name)))
-            model._init_weights(module)
+            _init_weights(model, module)
             _fill_by_owners(model, module, module.parameters)
         for key, parameter in sharded.items():
             if whole[key].isnan().any():
@@ -252,7 +266,18 @@ def _fill_by_owners(
         path = path.rpartition(".")[0]
         owner = model.get_submodule(path)
         with _own_parameters_of(owner, device="cpu"):
-            model._init_weights(owner)
+            _init_weights(model, owner)
+
+
+def _init_weights(model: PreTrainedModel, module: nn.Module) -> None:
+    """Initialize a module as the innermost transformers model around it does.
+
+    A tower or a text in a model of images and text has a config of its own.
+    """
+    path = next(name for name, other in model.named_modules() if other is module)
+    while path and not isinstance(model.get_submodule(path), PreTrainedModel):
+        path = path.rpartition(".")[0]
+    model.get_submodule(path)._init_weights(module)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ belong to, and filled from (seed, name).
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, NamedTuple
@@ -63,12 +63,12 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
     """
     check_lora(settings)
     head, modules = model.get_output_embeddings(), model.named_modules()
-    linear = [
-        name
+    linear = {
+        name: m
         for name, m in modules
         # An indexer of sparse attention has no gradient (ulysses/indexer.py).
         if _is_linear(name, m) and m is not head and ".indexer." not in name
-    ]
+    }
     targets, parameters = _targets(linear, model, settings), _target_parameters(model, settings)
     with suppress_torchao_warnings():  # peft imports torchao wherever it is installed
         from peft import LoraConfig, inject_adapter_in_model
@@ -110,7 +110,7 @@ def _is_linear(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and not returns_more
 
 
-def _targets(linear: list[str], model: PreTrainedModel, settings: LoRA) -> set[str]:
+def _targets(linear: dict[str, nn.Linear], model: PreTrainedModel, settings: LoRA) -> set[str]:
     """The names of the layers that get an adapter."""
     if not settings.target_modules and settings.target_parameters:
         return set()
@@ -119,8 +119,9 @@ def _targets(linear: list[str], model: PreTrainedModel, settings: LoRA) -> set[s
             f'lora.rank = {settings.rank}: "{model.config.model_type}" has no linear layers for '
             "adapters."
         )
-    if not settings.target_modules:
-        return set(linear)
+    if not settings.target_modules:  # of a model of images and text, those of its text
+        of_text = {*(model.get_decoder() if hf.has_vision(model.config) else model).modules()}
+        return {name for name, module in linear.items() if module in of_text}
     setting, what = "lora.target_modules", "linear layer that can have an adapter"
     return matching(settings.target_modules, linear, setting=setting, what=what, tails=True)
 
@@ -141,7 +142,7 @@ def _target_parameters(model: PreTrainedModel, settings: LoRA) -> set[str]:
     return matching(settings.target_parameters, experts, setting=setting, what=what, tails=True)
 
 
-def _outside_mlps(linear: list[str], but: str = "") -> str:
+def _outside_mlps(linear: Iterable[str], but: str = "") -> str:
     """Say which of a model's linear layers to name: those that are in no MLP, and whose name is not
     quoted in peft's message `but`.
     """

@@ -18,13 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from titan_ulysses.distributed.errors import UserError, first_failure, one_line
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs
+from titan_ulysses.model.hf import has_vision
+from titan_ulysses.model.vision_verification import VisionBatch, shrink_vision
 from titan_ulysses.ulysses.cores import Core, sdpa
 from titan_ulysses.ulysses.linear_attention import linear_layers
 from titan_ulysses.ulysses.pieces import pieces_of
@@ -218,7 +220,7 @@ def _try_once(
         whole = build_tiny(tiny, mesh.device)
         if prepare is not None:
             prepare(whole)
-        batch = _TestBatch(mesh, whole.config)
+        batch = VisionBatch(mesh, whole) if has_vision(tiny) else _TestBatch(mesh, whole.config)
         sharded = copy.deepcopy(whole)
         expected, depends_on_draws = _train_repeatedly(whole, batch)
         if depends_on_draws:
@@ -231,11 +233,11 @@ def _try_once(
     # Either all ranks go on or none does, because what follows has collectives.
     if reason := first_failure(reason):
         return reason
-    core = _core_of(tiny)
+    core = _core_of(tiny.get_text_config())
     try:
         shard(sharded, core, options)
         tolerance = _TOLERANCE_OF_STATES if linear_layers(sharded) else _TOLERANCE
-        found = _trained(sharded, _loss_sharded(sharded, batch, mesh))
+        found = _trained(sharded, batch.loss_sharded(sharded, mesh))
         reason = _difference(found, expected, batch.what, tolerance)
     except UserError as error:
         reason = str(error).removeprefix("model: ")
@@ -258,6 +260,8 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
 
     The layers show every kind that the config has; there are at least two if the config has two.
     """
+    if has_vision(config):
+        return shrink_vision(config, shrink)
     tiny = copy.deepcopy(config)
     # None: transformers chooses for this machine. But version 5.17 chooses sdpa also where scores
     # are capped, which sdpa cannot do.
@@ -359,6 +363,33 @@ class _TestBatch:
             [torch.cat([torch.arange(n) for n in row]) for row in self.documents]
         )
 
+    def loss_whole(self, model: PreTrainedModel) -> Tensor:
+        """Return the loss of unmodified transformers, with each document alone."""
+        if self.has_router_loss:
+            return model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+        total = torch.zeros((), dtype=_DTYPE, device=self.ids.device)
+        for ids, labels, lengths in zip(self.ids, self.labels, self.documents, strict=True):
+            for document, targets in zip(ids.split(lengths), labels.split(lengths), strict=True):
+                logits = model(input_ids=document[None], use_cache=False).logits[0]
+                total = total + F.cross_entropy(logits.to(_DTYPE), targets, reduction="sum")
+        return total / self.labels.numel()
+
+    def loss_sharded(self, model: PreTrainedModel, mesh: Mesh) -> Tensor:
+        length, degree = self.ids.shape[1], mesh.sp.size()
+        chunk_tokens = chunk_length(model.sharding.stream_chunk_tokens, length, degree)
+
+        def local(whole: Tensor) -> Tensor:
+            return mesh.local_slice(whole, chunk_tokens=chunk_tokens).to(self.ids.device)
+
+        return model(
+            input_ids=local(self.ids),
+            labels=local(self.labels),
+            position_ids=local(self.positions),
+            documents=self.documents,
+            chunk_tokens=chunk_tokens,
+            num_items_in_batch=self.valid * mesh.batch.size(),
+        ).loss
+
 
 def build_tiny(config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
     """Build a model with the same random numbers on every rank.
@@ -367,7 +398,7 @@ def build_tiny(config: PreTrainedConfig, device: torch.device) -> PreTrainedMode
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
+        model = hf.auto_class(config).from_config(
             config,
             dtype=_DTYPE,
             experts_implementation=hf.experts_path(_DTYPE),
@@ -381,58 +412,29 @@ def build_tiny(config: PreTrainedConfig, device: torch.device) -> PreTrainedMode
 
 
 def _train_repeatedly(
-    model: PreTrainedModel, batch: _TestBatch
+    model: PreTrainedModel, batch: _TestBatch | VisionBatch
 ) -> tuple[tuple[Tensor, Gradients], bool]:
     """Return loss and gradients of the whole model, and whether they depend on random numbers.
 
     A model that draws some is run with several seeds: a router samples only where scores are close,
     and what decides whether a layer is left out may never do so.
     """
-    cuda = [batch.ids.device] if batch.ids.device.type == "cuda" else []
+    cuda = [model.device] if model.device.type == "cuda" else []
 
     def states() -> list[Tensor]:
         return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]
 
     with torch.random.fork_rng(devices=cuda):
         before, kept = states(), copy.deepcopy(model)
-        expected = _trained(model, _loss_whole(model, batch))
+        expected = _trained(model, batch.loss_whole(model))
         draws = not all(map(torch.equal, before, states()))
         for seed in range(_SEEDS if draws else 0):
             torch.manual_seed(seed)
             model = copy.deepcopy(kept)
-            again = _trained(model, _loss_whole(model, batch))
+            again = _trained(model, batch.loss_whole(model))
             if _difference(again, expected, batch.what, _TOLERANCE):
                 return expected, True
     return expected, False
-
-
-def _loss_whole(model: PreTrainedModel, batch: _TestBatch) -> Tensor:
-    """Return the loss of unmodified transformers, with each document alone."""
-    if batch.has_router_loss:
-        return model(input_ids=batch.ids, labels=batch.ids, use_cache=False).loss
-    total = torch.zeros((), dtype=_DTYPE, device=batch.ids.device)
-    for ids, labels, lengths in zip(batch.ids, batch.labels, batch.documents, strict=True):
-        for document, targets in zip(ids.split(lengths), labels.split(lengths), strict=True):
-            logits = model(input_ids=document[None], use_cache=False).logits[0]
-            total = total + F.cross_entropy(logits.to(_DTYPE), targets, reduction="sum")
-    return total / batch.labels.numel()
-
-
-def _loss_sharded(model: PreTrainedModel, batch: _TestBatch, mesh: Mesh) -> Tensor:
-    length, degree = batch.ids.shape[1], mesh.sp.size()
-    chunk_tokens = chunk_length(model.sharding.stream_chunk_tokens, length, degree)
-
-    def local(whole: Tensor) -> Tensor:
-        return mesh.local_slice(whole, chunk_tokens=chunk_tokens).to(batch.ids.device)
-
-    return model(
-        input_ids=local(batch.ids),
-        labels=local(batch.labels),
-        position_ids=local(batch.positions),
-        documents=batch.documents,
-        chunk_tokens=chunk_tokens,
-        num_items_in_batch=batch.valid * mesh.batch.size(),
-    ).loss
 
 
 def _trained(model: PreTrainedModel, loss: Tensor) -> tuple[Tensor, Gradients]:

@@ -48,10 +48,14 @@ def flops_per_token(model: nn.Module) -> int:
     are for the gradient of the input, which is not computed before the first trained parameter.
     Embeddings are looked up and not multiplied, but a head that is tied to them is multiplied. Of
     the experts of a layer, a token uses `num_experts_per_tok`. Recomputation is not counted, as in
-    the definition of MFU. The recurrences of linear attention have no weights; theirs are added.
+    definition of MFU. The recurrences of linear attention have no weights; theirs are added.
+    Of a model of images and text, it is the text: what an image costs depends on its size.
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    config = model.config
+    config, towers = model.config.get_text_config(), set()
+    if config is not model.config:
+        text = {*model.get_decoder().parameters(), embedding, head}
+        towers = {*model.parameters()} - text
     experts = (
         getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
     )
@@ -59,7 +63,7 @@ def flops_per_token(model: nn.Module) -> int:
     flops, backward_passes = 0, False
     for name, parameter in model.named_parameters():
         backward_passes |= parameter.requires_grad
-        if parameter is not embedding or parameter is head:
+        if parameter not in towers and (parameter is not embedding or parameter is head):
             each = 6 if parameter.requires_grad else 4 if backward_passes else 2
             flops += each * (
                 parameter.numel() * met // experts if ".experts." in name else parameter.numel()

@@ -176,8 +176,18 @@ def set_up(config: Config) -> Setup:
 
 
 def resolve_for_plan(config: Config, *, world_size: int) -> RunSpec:
-    """Resolve config for `world_size` GPUs, with a core attention that a CPU can simulate."""
-    return resolve(config, world_size=world_size, device_type="cuda", select=_select_planned_core)
+    """Resolve config for `world_size` GPUs, with a core attention that a CPU can simulate.
+
+    UserError for a model of images and text.
+    """
+    spec = resolve(config, world_size=world_size, device_type="cuda", select=_select_planned_core)
+    if config.model.vision != "off":
+        raise UserError(
+            f'model.vision = "{config.model.vision}": the planner does not know what a vision '
+            "tower takes yet. Plan the text part alone: a [model.config] with the numbers of "
+            'text_config, and model.vision = "off".'
+        )
+    return spec
 
 
 def _select_planned_core(

@@ -14,6 +14,7 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.memory.tiled import Tiled, tile_mlp, tile_norm
 from titan_ulysses.model.families import MLPLayout, mlp_layout
 from titan_ulysses.model.float8 import is_float8
+from titan_ulysses.model.hf import has_vision
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
@@ -21,10 +22,12 @@ def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
 
     Blocks are recognized by their class, which transformers lists in `_no_split_modules`. They may
     be sharded and checkpointed already: their class is then a subclass of the listed one.
-    UserError if there is no such list, or if its owner does not take token ids.
+    UserError if there is no such list, or if its owner does not take token ids. Of a model of
+    images and text, those of its text are meant.
     """
-    name, classes = type(model).__name__, {*(model._no_split_modules or ())}
-    for module in model.modules():
+    text = model.get_decoder() if has_vision(model.config) else model
+    name, classes = type(model).__name__, {*(text._no_split_modules or ())}
+    for module in text.modules():
         for child in module.children():
             if not isinstance(child, nn.ModuleList) or not len(child):
                 continue

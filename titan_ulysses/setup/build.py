@@ -14,6 +14,7 @@ from titan_ulysses.model.float8 import use_float8
 from titan_ulysses.model.freezing import cast_frozen_params, freeze
 from titan_ulysses.model.lora import add_adapters
 from titan_ulysses.model.nf4 import quantize_base
+from titan_ulysses.model.vision import freeze_towers
 from titan_ulysses.optim.adamw import check_shards
 from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.parallelize import parallelize
@@ -30,7 +31,7 @@ def build_frozen(
 
     All of it is frozen, in the dtype of the computation. See `build_model`.
     """
-    model = hf.build_on_meta(spec.model_config, getattr(torch, spec.config.training.param_dtype))
+    model = hf.build_on_meta(spec.whole_config, getattr(torch, spec.config.training.param_dtype))
     model.requires_grad_(False)
     wrap(model, mesh, spec.options)
     return model.eval()
@@ -49,7 +50,7 @@ def build_model(
     compute = getattr(torch, config.training.param_dtype)
     wide = torch.promote_types(compute, torch.float32)
     model = hf.build_on_meta(
-        spec.model_config, dtype=compute if config.optimizer.stochastic_rounding else wide
+        spec.whole_config, dtype=compute if config.optimizer.stochastic_rounding else wide
     )
     float8_layers = 0
     if config.quantize.float8:
@@ -59,6 +60,8 @@ def build_model(
     if config.lora.rank:
         add_adapters(model, config.lora)
     freeze(model, config.model.freeze)
+    if config.model.vision == "frozen":
+        freeze_towers(model)
     cast_frozen_params(model, compute)
     if config.lora.quantize_base == "nf4":
         quantize_base(find_blocks(model)[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import ModelOutput
 
+from titan_ulysses.data.images import Pixels, Visuals
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length, computing
@@ -26,20 +28,24 @@ from titan_ulysses.model.families import layer_types
 from titan_ulysses.model.hf import output_layer
 from titan_ulysses.model.rope import DocumentRoPE
 from titan_ulysses.model.router import RouterLoss
+from titan_ulysses.model.vision import Vision
 from titan_ulysses.ulysses.attention import ATTENTION_NAME, Ulysses
 from titan_ulysses.ulysses.cores import Core
 from titan_ulysses.ulysses.indexer import INDEXED, Indexer
 
 
-def use_attention(model: PreTrainedModel) -> None:
-    """Make the model's attention layers call Ulysses attention."""
-    # Other models may share this config object, so this model gets a copy of its own.
-    shared = model.config
-    own = copy.deepcopy(model.config)
-    own._attn_implementation = ATTENTION_NAME
+def use_attention(model: PreTrainedModel, decoder: nn.Module) -> None:
+    """Make the attention layers of the model's text call Ulysses attention."""
+    # Other models may share these config objects, so this model gets copies of its own.
+    shared, text = model.config, decoder.config
+    own = copy.deepcopy(shared)
+    own_text = own.get_text_config()
+    own_text._attn_implementation = ATTENTION_NAME
     for module in model.modules():
         if getattr(module, "config", None) is shared:
             module.config = own
+        elif getattr(module, "config", None) is text:
+            module.config = own_text
 
 
 @dataclass
@@ -50,6 +56,7 @@ class Sharding:
     """
 
     decoder: nn.Module
+    """Takes tokens to hidden states; of a model of images and text, features too."""
     mesh: Mesh
     """The mesh on which it runs; another one within `whole_sequences`."""
     core: Core
@@ -61,6 +68,8 @@ class Sharding:
     indexers: list[Indexer] = field(default_factory=list)
     classifies: bool = False
     """Whether it is a model for sequence classification."""
+    vision: Vision | None = None
+    """None: a model of text."""
     own_loss: Tensor | None = None
     """This rank's part of the last loss, which tells which rank a NaN came from."""
 
@@ -71,6 +80,8 @@ class Sharding:
         documents: Documents | None = None,
         position_limits: Documents | None = None,
         chunk_tokens: int | None = None,
+        visuals: Visuals | None = None,
+        pixels: Sequence[Pixels] = (),
         **inputs: Any,
     ) -> CausalLMOutputWithPast | StatisticsOutput | BaseModelOutput:
         """Run the model on a batch of `shard`. The attention layers get what they need of it."""
@@ -87,8 +98,14 @@ class Sharding:
             rope.begin(documents, position_limits or documents, sp.get_local_rank(), chunk_tokens)
         share = self._label_share(**inputs)
         positions = inputs["position_ids"]
+        positions = positions if positions.ndim == 2 else positions[0]
         ulysses = Ulysses(sp, self.core, documents, positions, chunk_tokens, share)
         with computing(ulysses.chunks):
+            if self.vision is not None:
+                cut = {"seq_len": sum(documents[0]), "chunk_tokens": chunk_tokens}
+                inputs["features"] = self.vision.encode(
+                    visuals or Visuals(), pixels, self.mesh, **cut
+                )
             return self._forward(model, ulysses=ulysses, **inputs)
 
     def _label_share(
@@ -150,6 +167,7 @@ class Sharding:
         loss_inputs: dict[str, Tensor] | None = None,
         num_documents: int | None = None,
         targets: Tensor | None = None,
+        features: dict[str, Any] | None = None,
     ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast | StatisticsOutput | BaseModelOutput:
         """Run a causal LM, with the loss computed from hidden states inside the head.
 
@@ -175,6 +193,8 @@ class Sharding:
             # In place of a mask [B, 1, S, S], which the decoder would build.
             stand_in = position_ids.new_zeros((1, 1, 1, 1), dtype=torch.float32)
             inputs["attention_mask"] = {INDEXED: stand_in}
+        if features is not None:
+            inputs["mm_encoder_outputs"] = features
         own_labels = labels if sums else None
         hidden, aux_loss, count = self._decode(inputs, attention_mask, own_labels)
         head = output_layer(model)

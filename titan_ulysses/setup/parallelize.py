@@ -15,7 +15,9 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.utils.checkpoint import checkpoint as checkpointed
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
@@ -28,17 +30,18 @@ from titan_ulysses.memory.sequences import ON_DEVICE, Sequences, SequenceStore
 from titan_ulysses.memory.tiled import Tiled, tile_norm
 from titan_ulysses.model.expert_adapters import use_low_rank_products
 from titan_ulysses.model.families import (
-    CHECKED_FAMILIES,
     check_family,
     computes_with_embeddings,
     extra_block_outputs,
     head_of,
+    is_checked,
     layer_types,
 )
-from titan_ulysses.model.hf import classifies, output_layer
+from titan_ulysses.model.hf import classifies, has_vision, output_layer
 from titan_ulysses.model.rope import use_document_lengths
 from titan_ulysses.model.router import router_loss_of
 from titan_ulysses.model.verification import Prepare, Tilings, verify_family, verify_streaming
+from titan_ulysses.model.vision import Vision, encoder_of, tower_blocks, towers
 from titan_ulysses.setup.blocks import compile_blocks, find_blocks, norms_of, tile_blocks
 from titan_ulysses.setup.checks import (
     check_dropout,
@@ -126,17 +129,18 @@ def parallelize(
     check_dropout(model)
     check_group(mesh, parameter_offload=options.memory.parameter_offload)
     check_same_weights(model)
-    is_checked = model.config.model_type in CHECKED_FAMILIES
-    if (types := layer_types(model.config)) or model._is_stateful:
+    checked = is_checked(model.config)
+    text = model.config.get_text_config()
+    if (types := layer_types(text)) or model._is_stateful:
         blocks = find_blocks(model)[1]
         check_layers(blocks, types, is_stateful=model._is_stateful, device_type=mesh.device.type)
-        is_checked = is_checked and not has_untested_layers(blocks)
+        checked = checked and not has_untested_layers(blocks)
     if mesh.device.type == "cuda":
         warn_of_fragmentation()
     if isinstance(options.attention, str):
         core, _ = select_core(
             options.attention,
-            model.config,
+            text,
             device_type=mesh.device.type,
             dtype=options.param_dtype,
         )
@@ -146,7 +150,7 @@ def parallelize(
         own = options.activation_checkpoint.offload != "none"
         setting = "activation_checkpoint.offload" if own else "memory.stream_offload"
         store = open_store(options.store, folder, mesh.device, setting=setting)
-    if not is_checked:
+    if not checked:
         options = verified_options(model.config, mesh, options, store=store)
     return wrap(model, mesh, options, store=store, device_type=mesh.device.type)
 
@@ -186,7 +190,7 @@ def verified_options(
         tilings = {"tiled with its norms": {}, "tiled without its norms": without_norms} | tilings
     tiling = verify_family(config, mesh, shard, tilings, prepare)
     options = options.changed(**tiling)
-    if obstacle_to_streaming(config, options, mesh.device.type):
+    if obstacle_to_streaming(config.get_text_config(), options, mesh.device.type):
         return options
     reason = verify_streaming(config, mesh, shard, tiling, prepare)
     if reason is None:
@@ -228,17 +232,18 @@ def wrap(
     device_type = device_type or mesh.device.type
     memory, checkpoints = options.memory, options.activation_checkpoint
     decoder, blocks = find_blocks(model)
-    check_layers(blocks, layer_types(model.config), is_stateful=model._is_stateful)
-    streams = obstacle_to_streaming(model.config, options, device_type) is None
+    config = model.config.get_text_config()
+    check_layers(blocks, layer_types(config), is_stateful=model._is_stateful)
+    streams = obstacle_to_streaming(config, options, device_type) is None
     sequences: Sequences = ON_DEVICE
     if streams and memory.stream_offload != "none":
-        check_stream_offload(model, memory.stream_offload)
+        check_stream_offload(model, memory.stream_offload, device_type)
         sequences = open_sequences(memory.stream_offload, checkpoints.offload_folder, mesh.device)
-        sequences.host_reads = computes_with_embeddings(model.config)
+        sequences.host_reads = computes_with_embeddings(config)
     shard = partial(_shard, mesh, options)
     # All that is changed of the model, in its order: the forward of modules of this instance, and
     # by checkpoints and FSDP their class, by a subclass.
-    use_attention(model)  # a config of its own, which names Ulysses attention
+    use_attention(model, decoder)  # a config of its own, which names Ulysses attention
     use_linear_attention(blocks)  # the forward of layers that carry a state
     indexers = use_indexers(model, blocks, options.indexer)  # that of indexers; a hook on layers
     if options.indexer != "frozen" and not indexers:
@@ -251,7 +256,7 @@ def wrap(
     use_low_rank_products(model)  # the forward of experts' adapters
     if _tiles_mlp(options):  # the forward of MLPs and norms
         tokens = memory.mlp_tile_tokens or automatic_mlp_tile(
-            model.config, options.param_dtype, device_type
+            config, options.param_dtype, device_type
         )
         tile_blocks(model, decoder, blocks, tokens, norms_with_mlp=options.tile_norms_with_mlp)
     if options.compile.enable:  # the same, or what a tile computes
@@ -259,26 +264,24 @@ def wrap(
     if streams:  # the forward of blocks
         kept = checkpoints.keep_attention
         stream_blocks(blocks, sequences, keep_attention=kept, store=store)
-    use_loss_head(model, decoder, options, device_type)  # lm_head, by a module of the same weight
+    body = encoder_of(model) if has_vision(model.config) else decoder
+    use_loss_head(model, body, options, device_type)  # lm_head, by a module of the same weight
     if isinstance(sequences, SequenceStore):
         # The forward of embedding, rotary embeddings and final norms.
         offload_sequences(model, decoder, sequences)
         store = None  # the inputs of segments are off the device already
+    vision = Vision(model) if body is not decoder else None
+    if vision is not None:
+        shard_towers(model, shard, checkpoint=options.checkpoint_every > 0)
     shard_blocks(model, blocks, shard)
     if every := options.checkpoint_every:  # the class of blocks
-        extra = extra_block_outputs(model.config)
+        extra = extra_block_outputs(config)
         checkpoint_blocks(blocks, every=every, store=store, extra_outputs=extra, device=mesh.device)
     shard_root(model, shard)
     chunk_tokens = _chunk_tokens(options, mesh.sp.size(), device_type) if streams else -1
+    core, is_classifier = options.attention, classifies(model)
     model.sharding = Sharding(
-        decoder,
-        mesh,
-        options.attention,
-        router_loss,
-        ropes,
-        chunk_tokens,
-        indexers,
-        classifies(model),
+        *(body, mesh, core, router_loss, ropes, chunk_tokens, indexers, is_classifier, vision)
     )
     model.forward = partial(model.sharding.forward, model)
     guard(model)  # a hook, and a forward around that one
@@ -326,7 +329,7 @@ def automatic_mlp_tile(config: PreTrainedConfig, dtype: torch.dtype, device_type
     return max(1, tokens // _CUDA_ROWS) * _CUDA_ROWS
 
 
-def check_stream_offload(model: PreTrainedModel, offload: str) -> None:
+def check_stream_offload(model: PreTrainedModel, offload: str, device_type: str) -> None:
     """Raise UserError if the decoder does more with hidden states than to call its parts."""
     setting = f'memory.stream_offload = "{offload}"'
     if classifies(model):
@@ -334,7 +337,12 @@ def check_stream_offload(model: PreTrainedModel, offload: str) -> None:
             f"{setting}: the scores of a classifier need the hidden states on the device. Set it "
             'to "none".'
         )
-    if getattr(model.config, "hidden_size_per_layer_input", 0):
+    if has_vision(model.config) and device_type != "cpu":
+        raise UserError(
+            f"{setting}: a model of images and text writes features into hidden states between its "
+            'layers, and on a GPU would not wait until those are in host memory. Set it to "none".'
+        )
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
         raise UserError(
             f"{setting}: this model's layers take inputs besides the hidden states, which its "
             'decoder computes from the whole sequence. Set it to "none".'
@@ -357,16 +365,22 @@ def offload_sequences(model: PreTrainedModel, decoder: nn.Module, sequences: Seq
     model.get_output_embeddings().sequences = sequences
 
 
-def _shard(mesh: Mesh, options: ParallelOptions, *modules: nn.Module, **how: Any) -> None:
+def _shard(
+    mesh: Mesh,
+    options: ParallelOptions,
+    *modules: nn.Module,
+    cast_forward_inputs: bool = False,
+    **how: Any,
+) -> None:
     """Make modules one FSDP group, whose parameters are gathered together."""
     use_one_dtype(*modules)
     offload = OffloadPolicy()
     if options.memory.parameter_offload:
         offload = CPUOffloadPolicy(pin_memory=mesh.device.type != "cpu")
-    # Inputs are not cast, because a recomputation would not cast its inputs. Activations get their
-    # dtype from the parameters.
+    # Inputs of blocks are not cast, because a recomputation would not cast its inputs. Activations
+    # get their dtype from the parameters.
     precision = MixedPrecisionPolicy(
-        options.param_dtype, options.reduce_dtype, cast_forward_inputs=False
+        options.param_dtype, options.reduce_dtype, cast_forward_inputs=cast_forward_inputs
     )
     fully_shard(list(modules), mesh=mesh.fsdp, mp_policy=precision, offload_policy=offload, **how)
 
@@ -413,6 +427,22 @@ def shard_blocks(model: PreTrainedModel, blocks: nn.ModuleList, shard: Callable[
         group[0].set_unshard_in_backward(
             not all(_needs_no_weight_in_backward(module) for module in group)
         )
+
+
+def shard_towers(model: PreTrainedModel, shard: Callable[..., Any], *, checkpoint: bool) -> None:
+    """Apply FSDP2 to the towers of a vision-language model and to their blocks.
+
+    checkpoint: compute the blocks again in backward, as transformers does.
+    """
+    for tower in towers(model):
+        for block in tower_blocks(tower):
+            shard(block)
+        # The family's own code casts pixels to the dtype of stored parameters.
+        shard(tower, cast_forward_inputs=True)
+        for module in tower.modules():
+            if checkpoint and isinstance(module, GradientCheckpointingLayer):
+                module.gradient_checkpointing = True
+                module._gradient_checkpointing_func = partial(checkpointed, use_reentrant=False)
 
 
 def _needs_no_weight_in_backward(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ import torch
 
 from titan_ulysses.config.schema import REFERRING, Config
 from titan_ulysses.config.validate import MeshDegrees, check, check_frozen
+from titan_ulysses.data.processor import VisionProcessor, open_vision
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import chunk_length
@@ -27,6 +28,7 @@ from titan_ulysses.model.float8 import check_float8
 from titan_ulysses.model.lora import check_lora
 from titan_ulysses.model.resize_embeddings import grow_vocabulary
 from titan_ulysses.model.rope_scaling import scale_rope
+from titan_ulysses.model.vision import check_vision_setting
 from titan_ulysses.observability.profiling import check_profiling
 from titan_ulysses.observability.wandb import check_wandb
 from titan_ulysses.optim.adamw import check_optimizer
@@ -47,7 +49,10 @@ class RunSpec:
 
     config: Config
     model_config: PreTrainedConfig
-    """The model's config, with the RoPE scaling and the vocabulary size that `config` asks for."""
+    """The model's config, with the RoPE scaling and the vocabulary size that `config` asks for; of
+    a model of images and text, that of its text."""
+    whole_config: PreTrainedConfig
+    """The config that the model is built of: the same, or that of a model of images and text."""
     part_of: str | None
     """The type of the multi-modal model whose text part it is; None: of none."""
     degrees: MeshDegrees
@@ -59,6 +64,8 @@ class RunSpec:
     """Which core was chosen and why, as a sentence for the log."""
     tokenizer: PreTrainedTokenizerBase | None = None
     """None if the caller did not ask for it and resize_embeddings does not need it."""
+    vision: VisionProcessor | None = None
+    """What reads images for the model, with the tokenizer; None: it has none."""
     frozen: RunSpec | None = None
     """The second model, which the loss reads: a reference or a teacher. None if there is none."""
 
@@ -107,14 +114,22 @@ def resolve(
     the number of ranks, and with exit code 1 for a model, core or tokenizer that cannot be used.
     """
     whole = hf.load_model_config(config.model.path, config.model.config)
-    model_config = whole if config.model.config else text_part(whole)
-    check_family(model_config)
+    built = whole
+    if config.model.vision == "off":
+        built = whole if config.model.config else text_part(whole)
+    check_vision_setting(config.model.vision, built)
+    check_family(built)
+    model_config = built.get_text_config() if hf.has_vision(built) else built
     if config.model.rope_scaling:
         scale_rope(model_config, config.model.rope_scaling)
     core, core_reason = _core_of(config, model_config, device_type, select)
-    tokenizer, token_ids = None, 0
+    tokenizer, vision, token_ids = None, None, 0
     if with_tokenizer or config.model.resize_embeddings:
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+        if getattr(config.model, "vision", "off") != "off":
+            vision = open_vision(config, whole)
+        if vision and not tokenizer.chat_template:
+            tokenizer.chat_template = vision.processor.chat_template
         token_ids = num_token_ids(tokenizer)
     # The vocabulary grows first, because the settings are checked against the resulting model.
     if multiple := config.model.resize_embeddings:
@@ -128,12 +143,14 @@ def resolve(
     spec = RunSpec(
         config=config,
         model_config=model_config,
-        part_of=None if model_config is whole else whole.model_type,
+        whole_config=built,
+        part_of=None if built is whole else whole.model_type,
         degrees=degrees,
         device_type=device_type,
         core=core,
         core_reason=core_reason,
         tokenizer=tokenizer,
+        vision=vision,
     )
     return replace(spec, frozen=_frozen_spec(spec, select))
 
@@ -158,7 +175,7 @@ def _frozen_spec(spec: RunSpec, select: SelectCore) -> RunSpec | None:
         scale_rope(own, config.model.rope_scaling)  # it is the same model, of another time
     check_frozen(config, own, spec.model_config, setting=f'{setting} = "{path}"')
     core, reason = _core_of(config, own, spec.device_type, select)
-    return replace(spec, model_config=own, core=core, core_reason=reason)
+    return replace(spec, model_config=own, whole_config=own, core=core, core_reason=reason)
 
 
 def _core_of(

@@ -166,7 +166,7 @@ def open_model(folder: str, mesh: Mesh, *, longest: int) -> PreTrainedModel:
             f"{positions}: give shorter ones, or raise it in {folder}/config.json."
         )
     weights.find(folder)
-    model = hf.build_on_meta(spec.model_config, spec.options.param_dtype)
+    model = hf.build_on_meta(spec.whole_config, spec.options.param_dtype)
     parallelize(model, mesh, spec.options)
     hf.allocate(model, mesh.device)
     weights.load(model, folder)

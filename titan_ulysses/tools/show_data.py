@@ -8,6 +8,7 @@ counts the messages of each role, and how many of them are trained on. Nothing i
 trained, and no model is loaded but its tokenizer. On a terminal, what is trained on is green;
 elsewhere, as in a file, it is between [[ and ]]. A chat is several documents where the chat
 template writes earlier turns differently once others follow: each is what the model would see.
+An image or video is shown in place of its placeholders: its number of tokens, and its file.
 """
 
 from __future__ import annotations
@@ -25,13 +26,17 @@ from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data.encoding import Encoder
 from titan_ulysses.data.megatron import find_megatron, read_megatron
+from titan_ulysses.data.pipeline import encoder_of
+from titan_ulysses.data.processor import open_vision
 from titan_ulysses.data.records import BadRow, Chat, Encoded, Row
 from titan_ulysses.data.sources import open_rows
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.model.hf import load_model_config
 from titan_ulysses.tools import parser_of
 
 TRAINED = "bold green"
+IMAGE = "bold cyan"
 
 
 def runs_of(document: Encoded) -> list[tuple[bool, np.ndarray]]:
@@ -48,13 +53,33 @@ def runs_of(document: Encoded) -> list[tuple[bool, np.ndarray]]:
 
 def written(tokenizer: PreTrainedTokenizerBase, document: Encoded, *, coloured: bool) -> Text:
     """Return the document's text, with what is trained on in colour or between brackets."""
-    text = Text()
+    text, at = Text(), 0
+    firsts = {one.spans[0][0]: i for i, one in enumerate(document.visuals)}
+    places = {span for one in document.visuals for span in one.spans}
+    borders = sorted({x for span in places for x in span})
     for is_trained, ids in runs_of(document):
-        words = tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
-        if is_trained and not coloured:
-            words = f"[[{words}]]"
-        text.append(words, style=TRAINED if is_trained else "dim")
+        cuts = [x - at for x in borders if 0 < x - at < len(ids)]
+        for part in np.split(ids, cuts):
+            if (at, at + len(part)) in places:
+                if at in firsts:
+                    shown = described(document, firsts[at])
+                    text.append(shown, style=IMAGE)
+                at += len(part)
+                continue
+            at += len(part)
+            words = tokenizer.decode(part.tolist(), clean_up_tokenization_spaces=False)
+            if is_trained and not coloured:
+                words = f"[[{words}]]"
+            text.append(words, style=TRAINED if is_trained else "dim")
     return text
+
+
+def described(document: Encoded, index: int) -> str:
+    """Return what stands for an image or video of the document: its tokens, patches and file."""
+    visual, media = document.visuals[index], document.media[index]
+    grid = " x ".join(map(str, visual.grid))
+    patches = f" of {grid} patches" if grid else ""
+    return f"<{media.name}: {visual.features:,} tokens{patches}>"
 
 
 def first_rows(
@@ -83,7 +108,7 @@ def count_roles(chat: Chat, counts: dict[str, list[int]], *, train_on: str) -> N
 
 def show_source(
     console: Console,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     source: SourceSettings,
     *,
     setting: str,
@@ -92,7 +117,7 @@ def show_source(
     """Print the first rows of a source, and how many of their tokens are trained on."""
     if not source.path:
         raise UserError(f"{setting} is not set: give a file or folder to read", exit_code=2)
-    encoder = Encoder(tokenizer, source.train_on)
+    tokenizer = encoder.tokenizer
     encoder.check(source.source)
     shown, counts, roles = 0, [], {}
     for row, encoded in first_rows(source, encoder, setting=setting, count=rows):
@@ -134,9 +159,13 @@ def main(argv: list[str]) -> None:
     command = parse_command_line(settings)
     config = load_config(command.config_path, command.overrides)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+    vision = None
     console = Console(soft_wrap=True, highlight=False)
     sources: dict[str, SourceSettings] = {
         f"data.mixture[{n}].path": entry for n, entry in enumerate(config.data.mixture)
     }
+    if config.data.source == "chat" or any(x.source == "chat" for x in config.data.mixture):
+        vision = open_vision(config, load_model_config(config.model.path, config.model.config))
     for setting, source in (sources or {"data.path": config.data}).items():
-        show_source(console, tokenizer, source, setting=setting, rows=int(options.rows))
+        encoder = encoder_of(tokenizer, vision, source)
+        show_source(console, encoder, source, setting=setting, rows=int(options.rows))

@@ -259,7 +259,9 @@ def evaluate(
             batch = loader.read(indices).to(mesh.device)
             losses = model(**batch.inputs(), reduction="none").loss.double()
             is_label = (batch.labels != IGNORE_INDEX).double()
-            places = torch.bucketize(batch.position_ids.flatten(), borders, right=True)
+            positions = batch.position_ids
+            positions = positions if positions.ndim == 2 else positions[0]
+            places = torch.bucketize(positions.flatten(), borders, right=True)
             sums[0].index_add_(0, places, losses.flatten())
             sums[1].index_add_(0, places, is_label.flatten())
     dist.all_reduce(sums, group=mesh.loss.get_group())

@@ -89,7 +89,7 @@ class StepLog:
         if uneven := self._imbalance.note(self.state.step, self.state.loader):
             self._say(uneven)
         self._attention_flops += sum(
-            attention_flops(self.state.model.config, batch.documents) for batch in batches
+            attention_flops(self.state.spec.model_config, batch.documents) for batch in batches
         )
 
     def log_step(self, metrics: StepMetrics, lr: float) -> None:

@@ -62,7 +62,7 @@ _ALWAYS = (
 
 def start_preflight(state: TrainState) -> Preflight | None:
     """Start to plan a run, on rank 0, while its weights are filled."""
-    if dist.get_rank():
+    if dist.get_rank() or state.config.model.vision != "off":  # the planner knows no tower
         return None
     device, parameters = state.mesh.device, state.model.parameters()
     gpu = None if device.type == "cpu" else module_of(device).get_device_properties(device)

@@ -220,7 +220,9 @@ class Checkpoints:
                 state.model, self.folder / "adapter", base=base.path if base else ""
             )
         folder, step = self.folder / "export", state.step_to_export
-        weights.export(state.model, state.spec.tokenizer, folder, step=step)
+        vision = state.spec.vision
+        processing = vision.processor if vision else state.spec.tokenizer
+        weights.export(state.model, processing, folder, step=step)
 
 
 def data_settings(config: Config) -> dict[str, Any]:

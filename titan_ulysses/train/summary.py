@@ -97,7 +97,7 @@ def _choices(state: TrainState) -> Iterator[str]:
     config, model, degree = state.config, state.model, state.spec.degrees.sequence
     streaming = _streaming(state)
     is_streamed = streaming.startswith("streamed")
-    idle = idle_ranks(getattr(model.config, "num_attention_heads", degree), degree)
+    idle = idle_ranks(getattr(state.spec.model_config, "num_attention_heads", degree), degree)
     if idle and not is_streamed:
         yield f"[bold]{idle}[/]"
     ranks = state.mesh.world.size()
@@ -182,7 +182,9 @@ def _streaming(state: TrainState) -> str:
             else ""
         )
     if model.sharding.stream_chunk_tokens == -1:
-        reason = obstacle_to_streaming(model.config, state.spec.options, state.mesh.device.type)
+        reason = obstacle_to_streaming(
+            model.config.get_text_config(), state.spec.options, state.mesh.device.type
+        )
         return f"not streamed: {reason or 'this family does not train exactly chunk by chunk'}"
     chunk = chunk_length(model.sharding.stream_chunk_tokens, length, degree) or length
     rounded = f" (memory.stream_chunk_tokens = {setting})" if 0 < setting != chunk else ""

@@ -24,6 +24,7 @@ from titan_ulysses.checkpoint.initial import (
 from titan_ulysses.checkpoint.push import push
 from titan_ulysses.config.load import dump_toml
 from titan_ulysses.config.schema import Config
+from titan_ulysses.data.decoding import open_decoder
 from titan_ulysses.data.loader import Batch, Loader
 from titan_ulysses.data.pipeline import open_sequences, open_validation_sets
 from titan_ulysses.distributed.collectives import CollectiveCounter
@@ -117,8 +118,9 @@ class Trainer:
         self.checkpointer = self.checkpoints.checkpointer
         if needs_initial_weights(config, self.checkpoints.steps):
             check_initial_weights(config)
-        training, held_out = open_sequences(config, spec.tokenizer, eval_only=self._eval_only)
-        sets = open_validation_sets(config, spec.tokenizer)
+        reading = (config, spec.tokenizer, spec.vision)
+        training, held_out = open_sequences(*reading, eval_only=self._eval_only)
+        sets = open_validation_sets(*reading)
         has_weights = config.model.path or config.checkpoint.initial_load_path
         if self._eval_only and not (self.checkpoints.steps or has_weights):
             raise UserError(
@@ -155,6 +157,7 @@ class Trainer:
             timeout=timeout,
         )
         model, float8_layers = build_model(spec, mesh)
+        self._decoder = open_decoder(spec.vision, [training, *held_out.values()])
         self._open_loader = partial(
             Loader,
             batch_size=config.training.local_batch_size,
@@ -165,6 +168,7 @@ class Trainer:
             sp_degree=mesh.sp.size(),
             stream_chunk_tokens=model.sharding.stream_chunk_tokens,
             vocab_size=getattr(model.config.get_text_config(), "vocab_size", None),
+            decoder=self._decoder,
         )
         self.references, stored = None, None
         if config.loss.precompute_reference:
@@ -265,6 +269,8 @@ class Trainer:
             raise
         finally:
             self.run_folder.release()
+            if self._decoder:
+                self._decoder.close()
 
     def _train(self) -> None:
         state, config = self.state, self.config

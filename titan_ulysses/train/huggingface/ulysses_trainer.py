@@ -210,7 +210,8 @@ class UlyssesTrainer(_Trainer):
         scores = self.ulysses_model is not None and self.ulysses_model.sharding.classifies
         if scores or not batch_samples or "labels" not in batch_samples[0]:
             return None
-        labels = [rows_of(batch).labels for batch in batch_samples]
+        vision = self.ulysses_model.sharding.vision
+        labels = [rows_of(batch, vision).labels for batch in batch_samples]
         count = torch.stack([(x != IGNORE_INDEX).sum() for x in labels]).sum().to(device)
         dist.all_reduce(count, group=self.ulysses_mesh.batch.get_group())
         return count.double() / self.ulysses_mesh.batch.size()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from itertools import islice
@@ -26,12 +26,14 @@ from titan_ulysses.data.adapter import (
     read_documents,
     read_rows,
     slice_rows,
+    with_kinds_of_all,
 )
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
 from titan_ulysses.memory.losses import smoothed_cross_entropies
+from titan_ulysses.model.vision import Vision
 from titan_ulysses.setup.forward import StatisticsOutput
 from titan_ulysses.train.evaluation import whole_statistics
 
@@ -76,7 +78,9 @@ def take_whole_batches(
                 "model: a batch without labels: the logits of whole sequences are never "
                 "materialized. Give it labels, or score its rows with titan_ulysses.score."
             )
-        rows = rows_of(inputs)
+        rows = rows_of(inputs, model.sharding.vision)
+        if rows.visuals is not None and mesh.batch.size() > 1:
+            (rows,) = with_kinds_of_all([rows], 1, mesh)
         # Each time, because trainers pad each batch to a length of its own: ranks whose lengths
         # differ would wait for each other.
         check_same_rows([rows], mesh)
@@ -126,14 +130,15 @@ def _count(labels: Tensor, of_step: Tensor | None, mesh: Mesh) -> Tensor:
     return here
 
 
-def rows_of(inputs: Mapping[str, Any]) -> Batch:
+def rows_of(inputs: Mapping[str, Any], vision: Vision | None = None) -> Batch:
     """Return the rows of a trainer's batch. UserError for an input that the model does not take."""
-    return read_rows(set_ones(inputs))
+    of_images = () if vision is None else vision.batch_keys
+    return read_rows(set_ones(inputs, of_images), vision)
 
 
-def set_ones(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def set_ones(inputs: Mapping[str, Any], of_images: Iterable[str] = ()) -> dict[str, Any]:
     """Return the inputs that say something: what is off or unset does not, nor does a cache."""
-    read, ignored = (*TOKEN_KEYS, *BORDER_KEYS), ("use_cache", "return_dict")
+    read, ignored = (*TOKEN_KEYS, *BORDER_KEYS, *of_images), ("use_cache", "return_dict")
     return {
         key: x
         for key, x in inputs.items()
