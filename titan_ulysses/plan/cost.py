@@ -263,11 +263,9 @@ def step_time(
     collectives; reduced: those of the shards that are summed over replicas. on_host: its bytes off
     the device, by component, of the checkpoints those of all micro-batches. Checkpoints are copied
     off the device and back; in_files: they and hidden states are in files. Offloaded parameters are
-    copied to the GPU twice, and their gradients to the host once. An optimizer that has only its
-    state on the host fetches the state and sends it back. An optimizer whose parameters are on the
-    host too runs there, at the speed of host memory. On a single GPU, FSDP2 copies parameters on
-    the stream that computes (FSDPParamGroup.wait_for_unshard, where the world size is 1), so that
-    nothing overlaps.
+    copied to the GPU twice, and their gradients to the host once. On a single GPU, FSDP2 copies
+    parameters on the stream that computes (FSDPParamGroup.wait_for_unshard, where the world size is
+    1), so that nothing overlaps.
     rates: see `Setup.rates`.
     """
     seconds = Counter(
@@ -284,23 +282,17 @@ def step_time(
     # Forward, recomputation and backward are taken to have a third of the exchanges each.
     forward = stages["forward"] + exchange / 3
     backward = stages["backward"] + 2 * exchange / 3
-    components = ("checkpoints", "parameters", "gradients", "optimizer state")
-    checkpoints, parameters, gradients, state = (on_host.get(name, 0) for name in components)
+    components = ("checkpoints", "parameters", "gradients")
+    checkpoints, parameters, gradients = (on_host.get(name, 0) for name in components)
     to_gpu, to_host = 2 * parameters / gpu.host_link, gradients / gpu.host_link
-    alone, copies = links.world == 1, gpu.host_link
-    if in_files:
-        copies = min(copies, DISK_BANDWIDTH)
+    copies = min(gpu.host_link, DISK_BANDWIDTH) if in_files else gpu.host_link
     hidden = {
         "FSDP": links.fsdp_seconds(gathered, gpu) + links.replica_seconds(reduced, gpu),
         "checkpoints to the host": checkpoints / copies,
         "checkpoints back": checkpoints / copies,
-        "parameters": to_host if alone else to_gpu + to_host,
+        "parameters": to_host if links.world == 1 else to_gpu + to_host,
         "hidden states": (cost.total(TO_DEVICE) + cost.total(OFF_DEVICE)) / copies,
     }
-    update = 2 * state / gpu.host_link
-    if parameters:
-        ranks = links.ranks_per_node
-        update = (2 * (parameters + state) + gradients) * ranks / gpu.host_bandwidth(ranks)
     computed = {"checkpoints to the host": forward, "checkpoints back": backward}
     both = forward + backward
     waits = {name: max(0.0, s - computed.get(name, both)) for name, s in hidden.items()}
@@ -309,10 +301,23 @@ def step_time(
         "attention": sum(s for (_, kind), s in seconds.items() if kind.startswith("attention")),
         "other kernels": sum(s for (_, kind), s in seconds.items() if kind == "other kernels"),
         "exchange": exchange,
-        "parameters to the GPU": to_gpu if alone else 0.0,
-        "offloaded optimizer": update,
+        "parameters to the GPU": to_gpu if links.world == 1 else 0.0,
+        "offloaded optimizer": _update_seconds(on_host, gpu, links.ranks_per_node),
     }
     return Time(parts, hidden, waits)
+
+
+def _update_seconds(on_host: Mapping[str, float], gpu: GPU, ranks: int) -> float:
+    """Return the seconds that an offloaded optimizer takes, of a node with so many ranks.
+
+    If only its state is on the host, it fetches the state and sends it back. If the parameters are
+    too, it runs there, at the speed of host memory.
+    """
+    components = ("parameters", "gradients", "optimizer state")
+    parameters, gradients, state = (on_host.get(name, 0) for name in components)
+    if not parameters:
+        return 2 * state / gpu.host_link
+    return (2 * (parameters + state) + gradients) * ranks / gpu.host_bandwidth(ranks)
 
 
 def clock(

@@ -195,8 +195,10 @@ def ladder(
         label = "of it, in steps of at most an hour"
         axes.barh(places, in_an_hour, height=width, color=COLORS[0], label=label)
         for place, length, step in zip(places, longest, steps, strict=True):
-            ends = f": {what_ends(step.plan)}, {time_text(step.plan.time.seconds)} a step"
-            text = f" {length:,}{ends}" if step.plan else " does not fit"
+            text = " does not fit"
+            if step.plan:
+                seconds = time_text(step.plan.time.seconds)
+                text = f" {length:,}: {what_ends(step.plan)}, {seconds} a step"
             axes.text(length, place, text, va="center", fontsize=9)
         axes.set_yticks(places + (0.2 if theirs else 0), [step.what for step in steps])
         axes.set_xscale("log")

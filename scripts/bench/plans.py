@@ -1,0 +1,303 @@
+"""Make every planned table and picture of the README and the docs, and write them into the pages.
+
+    bash scripts/bench/plans.sh                     all of them
+    bash scripts/bench/plans.sh ladder published    some
+
+What was planned is in scripts/bench/plans.json: each table with its page, header and rows, and the
+sentences that quote figures. `tests/test_plans.py` compares the pages with that file.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import published
+from common import ROOT, parser_of
+
+from titan_ulysses.config.load import load_config
+from titan_ulysses.distributed.hardware import GIB
+from titan_ulysses.observability.units import time_text
+from titan_ulysses.plan import plots, search
+from titan_ulysses.plan.planner import Plan, make_plan, set_up
+from titan_ulysses.plan.run_cost import other_kernels
+from titan_ulysses.plan.searches import what_ends
+
+OUTPUT = ROOT / "scripts" / "bench" / "plans.json"
+LLAMA, QWEN = "llama3_8b", "qwen3_8b"
+LIKE_ALST = {"memory.parameter_offload": True, "memory.stream_chunk_tokens": -1}
+STREAMED = {"memory.stream_offload": "host"}
+FEW_GPUS = {"plan.world_size": 1, "parallelism.sequence_parallel_degree": 1}
+EIGHT_BITS = {"optimizer.name": "adamw8bit", "optimizer.stochastic_rounding": True}
+DISK = {"plan.disk_gib": 28_600}
+"""Eight drives of 3.84 TB, as in DGX H100."""
+ALST = [32_000, 160_000, 1_100_000, 1_200_000, 2_400_000, 3_700_000, None, None, None]
+"""ALST's longest sequences (arXiv 2506.13996, section 5.3), for the steps of `search.ladder`."""
+
+Rows = list[list[str]]
+
+
+class Made(NamedTuple):
+    """What one function makes for a page."""
+
+    rows: Rows
+    sentences: list[str]
+
+
+def planned(config: str, settings: dict[str, Any]) -> Plan:
+    return make_plan(set_up(load_config(ROOT / "configs" / f"{config}.toml", settings.items())))
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:,.0f} GiB" if size >= 100 * GIB else f"{size / GIB:.2f} GiB"
+
+
+def measurements() -> Made:
+    """The table of published measurements."""
+    rows = []
+    for one in published.PUBLISHED:
+        for row in published.compare(one, published.plan_of(one)):
+            what = published.BY_UNIT[row["unit"]]
+            rows.append(
+                [
+                    f"{row['name']} ({row['source']})",
+                    f"{what.text.format(row['measured'])} {row['unit']}",
+                    what.text.format(row["planned"]),
+                    f"{row['ratio']:.2f}",
+                    row["missing"],
+                ]
+            )
+            print(" | ".join(rows[-1][:4]), flush=True)
+    return Made(rows, [])
+
+
+def ladder() -> Made:
+    """The ladder: its picture, and what ALST measured beside it."""
+    config = load_config(ROOT / "configs" / f"{LLAMA}.toml", (LIKE_ALST | DISK).items())
+    steps, rows = [], []
+    for step, theirs in zip(search.ladder(set_up(config)), ALST, strict=True):
+        assert step.plan, f"{step.what}: {step.refused or 'no length fits'}"
+        steps.append(step)
+        rows.append(
+            [
+                step.what,
+                f"{theirs:,}" if theirs else "-",
+                f"{step.plan.seq_len:,}",
+                f"{step.plan.seq_len / theirs:.2f}" if theirs else "-",
+                what_ends(step.plan),
+                time_text(step.plan.time.seconds),
+            ]
+        )
+        print(" | ".join(rows[-1]), flush=True)
+    plots.ladder(
+        steps,
+        ROOT / "docs" / "memory_ladder.png",
+        theirs=ALST,
+        of_theirs="ALST, measured (arXiv 2506.13996)",
+        title="Llama-3-8B on one node of eight H100-80GB: 1.9 TB of host memory, 30.7 TB of NVMe",
+    )
+    return Made(rows, [])
+
+
+def hybrids() -> Made:
+    rows = []
+    for what, config, gpus, settings in (
+        ("Qwen3-Next-80B-A3B", "qwen3_next_80b", 32, {}),
+        (
+            "Qwen3-Next-80B-A3B, parameters and optimizer on the host",
+            "qwen3_next_80b",
+            8,
+            {
+                "plan.world_size": 8,
+                "parallelism.sequence_parallel_degree": 8,
+                "memory.parameter_offload": True,
+            },
+        ),
+        ("OLMo-Hybrid-7B", "olmo_hybrid_7b", 8, {}),
+    ):
+        plan = planned(config, settings)
+        rows.append(
+            [
+                what,
+                str(gpus),
+                gib(plan.gpu_bytes),
+                f"{plan.host_bytes / GIB:,.0f} GiB",
+                time_text(plan.time.seconds),
+            ]
+        )
+        print(" | ".join(rows[-1]), flush=True)
+    return Made(rows, [])
+
+
+def recipes() -> Made:
+    rows = []
+    for name, what in (
+        ("alst_llama_8b_1gpu", "ALST, Llama-8B, 500K tokens on one H100"),
+        ("alst_llama_8b_8gpu", "ALST, Llama-8B, 3.7M tokens on eight"),
+        ("alst_llama_8b_32gpu", "ALST, Llama-8B, 15M tokens on 32"),
+        ("alst_llama_70b_32gpu", "ALST, Llama-70B, 4M tokens on 32"),
+        ("trl_qwen3_8b_1m", "TRL's example, Qwen3-8B on eight, 1M tokens"),
+    ):
+        plan = planned(name, {})
+        assert plan.fits, name
+        rows.append(
+            [
+                f"`configs/{name}.toml`",
+                what,
+                f"{plan.gpu_bytes / GIB:.1f} GiB",
+                f"{plan.host_bytes / GIB:,.0f} GiB",
+                f"{plan.time.seconds:,.0f} s",
+            ]
+        )
+        print(" | ".join(rows[-1]), flush=True)
+    return Made(rows, [])
+
+
+MILLION: list[tuple[str, str, dict[str, Any]]] = [
+    ("8 GPUs", LLAMA, STREAMED | {"memory.parameter_offload": True, "training.seq_len": 2**20}),
+    ("8 GPUs", LLAMA, STREAMED | {"memory.parameter_offload": True, "training.seq_len": 2**22}),
+    (
+        "1 GPU",
+        LLAMA,
+        FEW_GPUS
+        | EIGHT_BITS
+        | STREAMED
+        | {
+            "plan.host_memory_gib": 128,
+            "activation_checkpoint.every": 4,
+            "training.seq_len": 2**20,
+        },
+    ),
+    (
+        "8 GPUs, Qwen3-8B, all attention kept, hidden states on the GPU, chunks of 131,072",
+        QWEN,
+        {
+            "activation_checkpoint.keep_attention": "all",
+            "memory.stream_chunk_tokens": 131_072,
+            "training.seq_len": 2**20,
+        },
+    ),
+]
+
+
+def million() -> Made:
+    """Steps of a million tokens and more. The memory is that of FlashAttention 3."""
+    rows, peaks = [], []
+    for what, config, settings in MILLION:
+        plan = planned(config, settings | {"plan.attention_kernel": "fa3"})
+        peaks.append(f"{plan.gpu_bytes / GIB:.2f}")
+        rows.append(
+            [
+                what,
+                f"{plan.seq_len:,}",
+                peaks[-1],
+                f"{plan.host_bytes / GIB:,.0f}",
+                f"{plan.time.seconds:,.0f} s",
+                f"{other_kernels(plan)['fa2']:,.0f} s",
+            ]
+        )
+        print(" | ".join(rows[-1]), flush=True)
+    return Made(
+        rows,
+        [
+            f"README.md: peak of Llama-3-8B on eight H100s is {peaks[0]} GiB at 1M tokens and "
+            f"{peaks[1]} GiB at 4M.",
+            f"docs/benchmarks.md: 1M and 4M tokens on eight GPUs in {peaks[0]} and {peaks[1]} GiB",
+        ],
+    )
+
+
+def hour() -> Made:
+    """The longest sequences whose step takes an hour."""
+    rows = []
+    for kernel, what in (("fa3", "FlashAttention 3"), ("fa2", "FlashAttention 2")):
+        settings = {
+            "activation_checkpoint.keep_attention": "all",
+            "activation_checkpoint.every": 2,
+            "plan.attention_kernel": kernel,
+            "plan.max_step_seconds": 3600,
+        }
+        config = load_config(ROOT / "configs" / f"{LLAMA}.toml", (settings | STREAMED).items())
+        found = search.longest(set_up(config), near=3_400_000, close=0.01)
+        assert found
+        rows.append(
+            [
+                what,
+                f"{found.seq_len:,}",
+                time_text(found.time.seconds),
+                f"{found.host_bytes / GIB:,.0f}",
+            ]
+        )
+        print(" | ".join(rows[-1]), flush=True)
+    return Made(rows, [])
+
+
+class Table(NamedTuple):
+    page: str
+    header: str
+    make: Callable[[], Made]
+
+
+TABLES = {
+    "published": Table(
+        "docs/planner.md",
+        "| run | measured | planned | ratio | not in the plan |",
+        measurements,
+    ),
+    "ladder": Table(
+        "docs/planner.md", "| | ALST, measured | planned | ratio | what ends it | a step |", ladder
+    ),
+    "hybrids": Table(
+        "docs/planner.md", "| model | GPUs | a GPU | host memory of a node | a step |", hybrids
+    ),
+    "recipes": Table("docs/migration.md", "| config | of | GPU | node | a step |", recipes),
+    "million": Table(
+        "docs/streaming.md",
+        "| | tokens | GPU GiB | host GiB | a step, FlashAttention 3 | a step, FlashAttention 2 |",
+        million,
+    ),
+    "hour": Table("docs/streaming.md", "| kernel | tokens | a step | host GiB |", hour),
+}
+
+
+def line_of(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+
+
+def write_table(table: Table, rows: list[str]) -> None:
+    """Put rows into the page, in place of those below the header of the table."""
+    page = ROOT / table.page
+    lines = page.read_text().splitlines()
+    assert table.header in lines, f"{table.page}: no table with the header {table.header}"
+    start = lines.index(table.header) + 2
+    end = next(i for i in range(start, len(lines) + 1) if not "".join(lines[i : i + 1]))
+    page.write_text("\n".join([*lines[:start], *rows, *lines[end:]]) + "\n")
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(TABLES))
+    names = parser.parse_args().names or list(TABLES)
+    known = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {}
+    for name in names:
+        table, started = TABLES[name], time.perf_counter()
+        print(f"\n{name}: planned (simulated), not measured", flush=True)
+        made = table.make()
+        rows = [line_of(cells) for cells in made.rows]
+        write_table(table, rows)
+        seconds = round(time.perf_counter() - started)
+        known[name] = {
+            "page": table.page,
+            "header": table.header,
+            "rows": rows,
+            "sentences": made.sentences,
+            "seconds": seconds,
+        }
+        OUTPUT.write_text(json.dumps(known, indent=1) + "\n")
+        print(f"{name}: {seconds} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
