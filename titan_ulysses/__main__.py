@@ -50,6 +50,7 @@ _TOOLS = {
     "report": ("tools.report", "RUN ...", "a page of a run; of several, to compare"),
     "needle": ("tools.needle", "MODEL", "whether a model finds a fact in long texts"),
     "eval-long": ("tools.eval_long", "MODEL", "the same by several kinds of tasks"),
+    "models": ("tools.models", "[NAME]", "which types of models train exactly"),
     "migrate": ("tools.migrate", "RECIPE", "another trainer's recipe as a TOML file"),
 }
 """The other tools: a module whose `main` takes the arguments, and what --help says of it."""
