@@ -114,13 +114,20 @@ def table(families: dict[str, PreTrainedConfig | str], seconds: float) -> Iterab
     yield ", ".join(f"{kind}: {count}" for kind, count in counts.items())
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print the table of the families that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("types", nargs="*", help="types of models; none: all")
     parser.add_argument("--seconds", type=float, default=60, help="the most for one family")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     known = vision_families()
+    if unknown := sorted({*arguments.types} - known.keys()):
+        parser.error(f"no family of images and text that takes features: {', '.join(unknown)}")
     chosen = {name: known[name] for name in arguments.types} if arguments.types else known
     for line in table(chosen, arguments.seconds):
         print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -76,6 +76,7 @@ SHORTER = {
     "bash scripts/examples/needle.sh": "",
     "bash scripts/examples/hybrid.sh": "",
     "eval-long outputs/needle-512": "",
+    "scripts/family_table.py": "llava",
     "scripts/bench/data.py": "--steps 2 --repeats 1",
     "scripts/bench/exchange.py": "--ranks 2 --seq-lens 512 --repeats 1 --tokens 256",
     "scripts/bench/hashing.py": "--mib 8 --rounds 1 --limit 9",

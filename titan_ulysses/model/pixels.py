@@ -205,7 +205,8 @@ class PixelInputs:
             sizes = torch.tensor([[size, size]])
             return {self.pixels: tile.expand(1, tiles, *tile.shape[1:]), "image_sizes": sizes}
         if "image_sizes" in self.names:
-            tile = torch.ones(1, channels, height * patch, width * patch)
+            # Two rows of features at least: mistral3's own code takes one for a batch.
+            tile = torch.ones(1, channels, height * patch, 2 * width * patch)
             return {self.pixels: tile, "image_sizes": torch.tensor([tile.shape[2:]])}
         return {self.pixels: tile if self.kind == "image" else tile[None]}
 

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint as checkpointed
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -272,7 +273,8 @@ def wrap(
         store = None  # the inputs of segments are off the device already
     vision = Vision(model) if body is not decoder else None
     if vision is not None:
-        shard_towers(model, shard, checkpoint=options.checkpoint_every > 0)
+        checkpoint = options.checkpoint_every > 0
+        shard_towers(model, shard, dtype=options.param_dtype, checkpoint=checkpoint)
     shard_blocks(model, blocks, shard)
     if every := options.checkpoint_every:  # the class of blocks
         extra = extra_block_outputs(config)
@@ -369,7 +371,6 @@ def _shard(
     mesh: Mesh,
     options: ParallelOptions,
     *modules: nn.Module,
-    cast_forward_inputs: bool = False,
     **how: Any,
 ) -> None:
     """Make modules one FSDP group, whose parameters are gathered together."""
@@ -377,10 +378,10 @@ def _shard(
     offload = OffloadPolicy()
     if options.memory.parameter_offload:
         offload = CPUOffloadPolicy(pin_memory=mesh.device.type != "cpu")
-    # Inputs of blocks are not cast, because a recomputation would not cast its inputs. Activations
-    # get their dtype from the parameters.
+    # Inputs are not cast, because a recomputation would not cast its inputs. Activations get their
+    # dtype from the parameters.
     precision = MixedPrecisionPolicy(
-        options.param_dtype, options.reduce_dtype, cast_forward_inputs=cast_forward_inputs
+        options.param_dtype, options.reduce_dtype, cast_forward_inputs=False
     )
     fully_shard(list(modules), mesh=mesh.fsdp, mp_policy=precision, offload_policy=offload, **how)
 
@@ -429,16 +430,30 @@ def shard_blocks(model: PreTrainedModel, blocks: nn.ModuleList, shard: Callable[
         )
 
 
-def shard_towers(model: PreTrainedModel, shard: Callable[..., Any], *, checkpoint: bool) -> None:
-    """Apply FSDP2 to the towers of a vision-language model and to their blocks.
+def _cast_inputs(
+    dtype: torch.dtype, _: nn.Module, inputs: tuple, keywords: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """Return the inputs of a module, the floating-point ones in dtype."""
+    return tree_map_only(
+        torch.Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (inputs, keywords)
+    )
+
+
+def shard_towers(
+    model: PreTrainedModel, shard: Callable[..., Any], *, dtype: torch.dtype, checkpoint: bool
+) -> None:
+    """Apply FSDP2 to the blocks of the towers of a vision-language model.
 
     checkpoint: compute the blocks again in backward, as transformers does.
     """
     for tower in towers(model):
         for block in tower_blocks(tower):
             shard(block)
-        # The family's own code casts pixels to the dtype of stored parameters.
-        shard(tower, cast_forward_inputs=True)
+        # Not the tower itself, by the name of whose class transformers finds its hidden states:
+        # what is outside of its blocks is in the group of the root. The family's own code may
+        # cast pixels to the dtype of stored parameters.
+        cast = partial(_cast_inputs, dtype)
+        tower.register_forward_pre_hook(cast, with_kwargs=True)
         for module in tower.modules():
             if checkpoint and isinstance(module, GradientCheckpointingLayer):
                 module.gradient_checkpointing = True
