@@ -1033,7 +1033,7 @@ def test_effect(key: str, case: Case, observe: Observer) -> None:
     if key.startswith("lora"):
         pytest.importorskip("peft")
     if case.needs is PICTURES:
-        for package in ("PIL", "torchvision", "av", "titan_ulysses.model.vision"):
+        for package in ("PIL", "torchvision", "av"):
             pytest.importorskip(package)
     without = {name: value for name, value in (BASE | case.needs).items() if name != key}
     options = {

@@ -26,7 +26,6 @@ from titan_ulysses.data.records import BadRow, read_record
 
 pytest.importorskip("PIL")
 pytest.importorskip("torchvision")
-pytest.importorskip("titan_ulysses.model.vision")
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,6 @@ from titan_ulysses.optim.optimizer import build_optimizer
 
 pytest.importorskip("PIL")
 pytest.importorskip("torchvision")
-pytest.importorskip("titan_ulysses.model.vision")
 SHARED = {"parallelism.sequence_parallel_degree": 2}
 
 

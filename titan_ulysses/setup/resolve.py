@@ -126,8 +126,8 @@ def resolve(
     tokenizer, vision, token_ids = None, None, 0
     if with_tokenizer or config.model.resize_embeddings:
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-        if getattr(config.model, "vision", "off") != "off":
-            vision = open_vision(config, whole)
+        if config.model.vision != "off":
+            vision = open_vision(config, built)
         if vision and not tokenizer.chat_template:
             tokenizer.chat_template = vision.processor.chat_template
         token_ids = num_token_ids(tokenizer)
