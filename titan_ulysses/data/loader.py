@@ -91,7 +91,7 @@ class Batch:
         chunk_tokens = chunk_length(stream_chunk_tokens, whole.input_ids.shape[1], degree)
         cut = partial(local_slice, rank=rank, degree=degree, chunk_tokens=chunk_tokens)
         # Without those whose second dimension is not that of tokens.
-        others = {"position_ids": None, "reference": None, "pixels": None}
+        others: dict[str, Any] = {"position_ids": None, "reference": None, "pixels": None}
         local = replace(whole, chunk_tokens=chunk_tokens, **others)._each_tensor(cut)
         pixels = self.pixels
         if pixels is not None and self.visuals is not None:

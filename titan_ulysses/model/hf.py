@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -91,7 +92,7 @@ def has_vision(config: PreTrainedConfig) -> bool:
     return known and "vision_config" in config.sub_configs
 
 
-def auto_class(config: PreTrainedConfig) -> type:
+def auto_class(config: PreTrainedConfig) -> Any:
     """Return the class of transformers that builds and loads the model of this config."""
     return AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
 
