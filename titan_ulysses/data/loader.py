@@ -111,8 +111,9 @@ class Batch:
         cut = partial(local_slice, rank=rank, degree=degree, chunk_tokens=chunk_tokens)
         # Without those whose second dimension is not that of tokens.
         names = ("reference", "desirable", "targets", "pixels")
-        others = {name: getattr(whole, name) for name in names}
-        each = replace(whole, **dict.fromkeys(names), position_ids=None, chunk_tokens=chunk_tokens)
+        others: dict[str, Any] = {name: getattr(whole, name) for name in names}
+        without: dict[str, Any] = dict.fromkeys((*names, "position_ids"))
+        each = replace(whole, chunk_tokens=chunk_tokens, **without)
         if others["pixels"] is not None and self.visuals is not None:
             own = self.visuals.own(rank, degree)
             others["pixels"] = tuple(others["pixels"][i] for i in own)

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -92,7 +93,7 @@ def has_vision(config: PreTrainedConfig) -> bool:
     return known and "vision_config" in config.sub_configs
 
 
-def auto_class(config: PreTrainedConfig, *, classifier: bool = False) -> type:
+def auto_class(config: PreTrainedConfig, *, classifier: bool = False) -> Any:
     """Return the class of transformers that builds and loads the model of this config."""
     if classifier:
         return AutoModelForSequenceClassification

@@ -114,11 +114,11 @@ class VisionBatch:
         for piece in pieces:
             if isinstance(piece, str) and piece != "text":
                 kind, _, wide = piece.partition("_")
-                inputs = self.vision.inputs[kind]
+                inputs = next(x for x in self.vision.inputs.values() if x.kind == kind)
                 item = inputs.example(units=(1, 2) if wide else (1, 1))
                 values = torch.randn(item[inputs.pixels].shape, generator=self.generator)
                 item = item | {inputs.pixels: values.to(torch.float64)}
-                rows = self.vision.count_features(kind, item)
+                rows = self.vision.count_features(inputs.kind, item)
                 parts.append(torch.full((rows,), inputs.placeholder or 0))
                 pixels.append(item)
             parts.append(self._words(3))

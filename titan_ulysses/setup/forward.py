@@ -102,7 +102,7 @@ class Sharding:
         ulysses = Ulysses(sp, self.core, documents, positions, chunk_tokens, share)
         with computing(ulysses.chunks):
             if self.vision is not None:
-                cut = {"seq_len": sum(documents[0]), "chunk_tokens": chunk_tokens}
+                cut: dict[str, Any] = {"seq_len": sum(documents[0]), "chunk_tokens": chunk_tokens}
                 inputs["features"] = self.vision.encode(
                     visuals or Visuals(), pixels, self.mesh, **cut
                 )
