@@ -202,17 +202,19 @@ class LoRA(Section):
     """Linear layers that get an adapter: names ("q_proj") or patterns ("layers.1?.mlp.*"). Empty:
     all except the head.
     """
-    quantize_base: Literal["none", "nf4"] = setting(
+    quantize_base: Literal["none", "nf4", "released"] = setting(
         "none",
         _WITH_ADAPTERS,
         Excludes(
             "quantize.float8",
-            text="{this} and {other} are both set: a frozen weight is stored in 4 bits, or "
+            text="{this} and {other} are both set: a frozen weight is stored in 4 or 8 bits, or "
             'multiplied in 8. Set one to "none" or false',
         ),
     )
     """QLoRA: the frozen matrices of the layers in 4 bits, nf4. Embedding, head, routers, and
-    matrices whose rows are not a multiple of 64 numbers stay in training.param_dtype.
+    matrices whose rows are not a multiple of 64 numbers stay in training.param_dtype; those that
+    were released in mxfp4 stay in it. released: those that model.path has in fp8 or mxfp4 stay in
+    it, and no other is quantized.
     """
 
 
