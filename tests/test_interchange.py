@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -36,11 +37,13 @@ from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.checkpoint.convert import ReadWhenWritten
 from titan_ulysses.checkpoint.convert import main as convert
 from titan_ulysses.checkpoint.folder import exported_step
+from titan_ulysses.checkpoint.layout import Layout
 from titan_ulysses.checkpoint.manifest import read_json, write_json
+from titan_ulysses.checkpoint.origin import Origin
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
-from titan_ulysses.model.families import CHECKED_FAMILIES
+from titan_ulysses.model.families import CHECKED_FAMILIES, text_part
 from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.parallelize import parallelize, shard_blocks, shard_root
 
@@ -213,6 +216,59 @@ def test_what_a_folder_says_of_generation_and_text_is_handed_on(tmp_path: Path) 
     assert (opened.chat_template, opened.model_max_length) == (tokenizer.chat_template, 12345)
 
 
+def vision(model_type: str, **more: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    return {"vision_config": {**sizes, "model_type": model_type, **more}}
+
+
+PARTS: dict[str, dict[str, Any]] = {
+    "llava": {"text_config": LLAMA, **vision("clip_vision_model")},
+    "mistral3": {
+        "text_config": model_of("mistral"),
+        **vision("pixtral", head_dim=8),
+    },
+    "gemma3": {"text_config": model_of("gemma3_text"), **vision("siglip_vision_model")},
+    "idefics3": {"text_config": LLAMA, **vision("idefics3_vision")},
+    "internvl": {
+        "text_config": model_of("qwen2"),
+        **vision("internvl_vision", image_size=[16, 16], patch_size=[8, 8]),
+    },
+    "lfm2_vl": {"text_config": model_of("lfm2"), **vision("siglip2_vision_model", num_patches=4)},
+}
+
+
+@pytest.mark.parametrize("family", PARTS)
+def test_a_text_part_leaves_as_the_whole(family: str, tmp_path: Path) -> None:
+    """It computes what the whole does of text; then one weight changes, and all else, the tower
+    too, is as it was. qwen3_5 is in tests/test_hybrid_runs.py.
+    """
+    ids = {"image_token_id": 60} if family in {"internvl", "idefics3", "lfm2_vl"} else {}
+    config = CONFIG_MAPPING[family](**PARTS[family], **(ids or {"image_token_index": 60}))
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole" / "preprocessor_config.json").write_text("{}")
+    part = text_part(hf.load_model_config(str(tmp_path / "whole"), None))
+    model = hf.build_on_meta(part, torch.float32)
+    hf.allocate(model, torch.device("cpu"))
+    weights.load(model, str(tmp_path / "whole"))
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(model.eval()(tokens).logits, whole(input_ids=tokens).logits)
+        changed = next(n for n, _ in model.named_parameters() if "layers.1" in n and "norm" in n)
+        model.get_parameter(changed).add_(1)
+    weights.export(model, None, tmp_path / "export", origin=str(tmp_path / "whole"))
+    opened, info = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "export", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    before, after = whole.state_dict(), opened.state_dict()
+    [differs] = [name for name in before if not torch.equal(before[name], after[name])]
+    assert differs.endswith(changed.removeprefix("model."))
+    assert (tmp_path / "export" / "preprocessor_config.json").exists()
+
+
 # --- files that are not as they should be ---------------------------------------------------------
 
 
@@ -264,21 +320,21 @@ def test_an_index_that_is_wrong(folder: Path) -> None:
         weights.find(str(folder))
 
 
-def test_tensors_that_the_model_does_not_have_are_told(tmp_path: Path) -> None:
-    plain = plain_model(LLAMA)
-    tensors = dict(plain.state_dict())
-    tensors |= {f"visual.{letter}": torch.ones(2) for letter in "abcd"}
+def test_tensors_that_the_model_does_not_have_are_told_and_kept(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    plain_model(LLAMA).save_pretrained(source)
+    tensors = tensors_in(source) | {f"visual.{letter}": torch.ones(2) for letter in "abcd"}
     # Old files have it, and nobody needs it.
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    save_file(tensors, tmp_path / "model.safetensors")
+    save_file(tensors, source / "model.safetensors")
     model = empty_model(LLAMA)
-    unknown, *_ = weights.load(model, str(tmp_path))
-    assert unknown == [f"visual.{letter}" for letter in "abcd"]
-    line = weights.describe_unknown(unknown, model, str(tmp_path))
-    assert (
-        "ignored 4 tensors that LlamaForCausalLM does not have: visual.a, visual.b, visual.c, ..."
-        in line
+    assert len(weights.load(model, str(source)).unknown) == 5
+    assert Origin.of(str(source), Layout(model)).describe() == (
+        "ignored 4 tensors that LlamaForCausalLM does not have: visual.a, visual.b, visual.c, ...; "
+        "an export has them as they are"
     )
+    weights.export(model, None, tmp_path / "target", origin=str(source))
+    assert_same_bits(tensors_in(tmp_path / "target"), tensors)
 
 
 @pytest.mark.parametrize("keep", ["embed_tokens", "lm_head", "both"])
@@ -404,7 +460,7 @@ def test_a_folder_becomes_a_checkpoint_that_a_run_starts_from(run: Path, tmp_pat
         "checkpoint.export": True,
     }
     printed, other = run_on_ranks(2, printed_by, config, path | ON_TWO)
-    assert printed.count("ignored 1 tensor that Qwen3MoeForCausalLM does not have: visual\n") == 1
+    assert printed.count("ignored 1 tensor that Qwen3MoeForCausalLM does not have: visual;") == 1
     assert other == ""
     assert learned(outputs / "converted") == learned(outputs / "path") != learned(run)
     saved = json.loads((outputs / "converted" / "checkpoints" / "step-2" / "run.json").read_text())

@@ -322,7 +322,7 @@ def train_and_listen(config: Path, settings: Settings) -> str:
 
 
 def test_a_model_that_transformers_has_adopted(tmp_path: Path, nobody_answers: list[str]) -> None:
-    """Its own class is used, and that is said; the export names no code that is not there."""
+    """Its own class is used, and that is said; the export has the code, which it names."""
     config = write_run(tmp_path)
     folder = write_folder(tmp_path / "model", tmp_path / "made", auto_map=ADOPTED)
     model = AutoModelForCausalLM.from_config(hf.load_model_config("", MODEL))
@@ -334,7 +334,9 @@ def test_a_model_that_transformers_has_adopted(tmp_path: Path, nobody_answers: l
         "LlamaForCausalLM" in said and f"not run: {', '.join(ADOPTED.values())}, named in" in said
     )
     export = json.loads((tmp_path / "outputs" / "run" / "export" / "config.json").read_text())
-    assert export["model_type"] == "llama" and "auto_map" not in export
+    assert export["model_type"] == "llama" and export["auto_map"] == ADOPTED
+    assert "code that is not run: configuration_x.py, modeling_x.py, tokenization_x.py" in said
+    assert (tmp_path / "outputs" / "run" / "export" / "modeling_x.py").exists()
     assert not (tmp_path / "made").exists()
     AutoConfig.from_pretrained(folder)  # as plain transformers has it
     assert not nobody_answers

@@ -25,8 +25,10 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.checkpoint.hosts import expect_all_hosts
-from titan_ulysses.checkpoint.initial import base_weights
+from titan_ulysses.checkpoint.initial import base_weights, origin_of
+from titan_ulysses.checkpoint.layout import Layout
 from titan_ulysses.checkpoint.manifest import TABLE_FILE, Damage
+from titan_ulysses.checkpoint.origin import Origin
 from titan_ulysses.checkpoint.state import first_difference
 from titan_ulysses.checkpoint.step_folder import publish, read_run_file, step_of
 from titan_ulysses.checkpoint.storage import (
@@ -148,7 +150,8 @@ def to_safetensors(source: Path, target: Path, config_path: Path | None) -> None
             dcp.load({"model": {name: tensor}}, storage_reader=reader, no_dist=True)
         return tensor
 
-    weights.export(plain, spec.tokenizer, target, step=state["step"], fetch=fetch)
+    origin = origin_of(config)
+    weights.export(plain, spec.tokenizer, target, step=state["step"], fetch=fetch, origin=origin)
 
 
 # --- to a checkpoint ------------------------------------------------------------------------------
@@ -171,9 +174,9 @@ def to_checkpoint(source: Path, target: Path) -> None:
     """
     step = step_of(target)
     plain = hf.build_on_meta(resolve_model(str(source)).whole_config, torch.float32)
-    tensors, fetch, unknown = weights.open_folder(plain, str(source), setting="SOURCE")
-    if unknown:
-        print(weights.describe_unknown(unknown, plain, str(source), setting="SOURCE"))
+    tensors, fetch = weights.open_folder(plain, str(source), setting="SOURCE")
+    for line in Origin.of(str(source), Layout(plain)).describe().splitlines():
+        print(f'SOURCE = "{source}": {line}')
     partial = partial_path(target)
     remove(partial)
     try:

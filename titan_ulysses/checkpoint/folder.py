@@ -152,11 +152,8 @@ def _folder(path: str, setting: str) -> Path:
     try:
         # Skip weights in a vendor's own format, which are as large as those of transformers.
         aside = ["*/*", "consolidated*"]
-        return Path(
-            snapshot_download(
-                path, allow_patterns=["*.safetensors", "*.json"], ignore_patterns=aside
-            )
-        )
+        wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*"]
+        return Path(snapshot_download(path, allow_patterns=wanted, ignore_patterns=aside))
     except Exception as error:
         raise UserError(
             f'{setting} = "{path}": not a folder, and not available from the hub '

@@ -48,6 +48,14 @@ def base_weights(config: Config) -> Safetensors | None:
     return Safetensors(config.model.path, "model.path")
 
 
+def origin_of(config: Config) -> str:
+    """Return the folder or hub name that an export takes over from what the model lacks; it may be
+    empty.
+    """
+    base = base_weights(config)
+    return base.path if base else config.model.path
+
+
 def needs_initial_weights(config: Config, saved_steps: list[int]) -> bool:
     """Return whether a run with these checkpoints needs the weights that it began with.
 
@@ -71,7 +79,7 @@ def check_initial_weights(config: Config) -> None:
 def initialize(model: PreTrainedModel, config: Config) -> str | None:
     """Fill a sharded model with the initial weights of the run. Collective.
 
-    Return lines about quantized weights and tensors that the model does not have, or None. Raise
+    Return lines about quantized weights and what the model does not have, or None. Raise
     `UserError` if the weights do not fit the model.
     """
     initial, seed, note = config.checkpoint.initial_load_path, config.training.seed, None
@@ -79,12 +87,8 @@ def initialize(model: PreTrainedModel, config: Config) -> str | None:
         growing = token_parameters(model) if config.model.resize_embeddings else ()
         loaded = weights.load(model, base.path, setting=base.setting, growing=growing)
         fill_new_rows(model, loaded.fewer_rows, seed)
-        notes = [f'{base.setting} = "{base.path}": {loaded.quantized}'] if loaded.quantized else []
-        if loaded.unknown:
-            notes.append(
-                weights.describe_unknown(loaded.unknown, model, base.path, setting=base.setting)
-            )
-        note = "\n".join(notes) or None
+        lines = loaded.said.splitlines()
+        note = "\n".join(f'{base.setting} = "{base.path}": {line}' for line in lines) or None
     else:
         hf.initialize(model, seed)
     initialize_adapters(model, seed)

@@ -9,9 +9,9 @@ to find out which tensors belong together, and to the real ones when they are re
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from transformers.core_model_loading import (
 )
 
 from titan_ulysses.model import hf
+
+_PART = re.compile(r"^(model\.)?(language_model|text_model)\.((?P<head>(?=lm_head\.))|(model\.)?)")
+"""What the names of the text part of a multi-modal model begin with, in files old and new."""
 
 
 @dataclass
@@ -108,28 +111,40 @@ class Layout:
 
         Also return the names of stored tensors that the model does not have.
         """
-        conversions = get_model_conversion_mapping(self.plain)
-        renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-        converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        _, converters = self._loading
         by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
         found: dict[str, Read] = {}
         unknown = []
         for name in sorted(stored, key=dot_natural_key):
-            prefix = self.plain.base_model_prefix
-            target, pattern = rename_source_key(name, renamings, converters, prefix, self.state)
-            if target not in self.state and name in self.state:
-                target, pattern = name, None  # stored in the model's fused form already
+            target, pattern = self._target(name)
             read = found.setdefault(target, Read(self.plain, target, by_pattern.get(pattern)))
             filled = read.sources and (pattern is None or read.converter is None)
             if target not in self.state or filled:
                 unknown.append(name)
             else:
                 read.sources.setdefault(pattern or name, []).append(name)
-        # Without the names that transformers ignores, such as leftovers in old files.
-        keys = SimpleNamespace(missing_keys=set(), unexpected_keys=set(unknown))
-        self.plain._adjust_missing_and_unexpected_keys(keys)
-        unknown = [name for name in unknown if name in keys.unexpected_keys]
         return [read for read in found.values() if read.sources], unknown
+
+    @cached_property
+    def _loading(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+        conversions = get_model_conversion_mapping(self.plain)
+        renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        return renamings, [c for c in conversions if isinstance(c, WeightConverter)]
+
+    def _target(self, name: str) -> tuple[str, str | None]:
+        """Return the (first) tensor of the model that a stored one becomes, or a name that the
+        model does not have; and the pattern of its converter.
+        """
+        renamings, converters = self._loading
+        prefix = self.plain.base_model_prefix
+        inner = _PART.sub(lambda found: "model." if found["head"] is None else "", name)
+        for own in dict.fromkeys((name, inner)):
+            target, pattern = rename_source_key(own, renamings, converters, prefix, self.state)
+            if target not in self.state and own in self.state:
+                target, pattern = own, None  # stored in the model's fused form already
+            if target in self.state:
+                break
+        return target, pattern
 
     # --- to files ---------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -39,19 +39,23 @@ from titan_ulysses.checkpoint.folder import (
     write_manifest,
 )
 from titan_ulysses.checkpoint.layout import Layout, Read
+from titan_ulysses.checkpoint.origin import Origin
 from titan_ulysses.distributed.atomic import partial_path, remove, replace_folder
 from titan_ulysses.distributed.errors import UserError, first_failure, one_line
 from titan_ulysses.distributed.tensors import local_box, local_shard
 from titan_ulysses.model import hf
 from titan_ulysses.model.lora import ADAPTER, Delta, deltas
-from titan_ulysses.model.nf4 import full_tensor
+from titan_ulysses.model.nf4 import NF4Weight, form_kept, full_tensor
 from titan_ulysses.model.parameter_names import is_adapter
+from titan_ulysses.model.remote_code import names_code_in
 
 _EXPORT_FILE_BYTES = 4 * 2**30
-_READ_AT_ONCE = 2**24
+_READ_AT_ONCE = 2**22
 """Numbers that are read at once: quantized ones take several tensors while they are computed."""
 _FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 _GENERATION_FILE = "generation_config.json"
+_REST = "/"
+"""What the keys of tensors of the origin begin with, to tell them from those of the model."""
 
 # --- in -------------------------------------------------------------------------------------------
 
@@ -63,8 +67,9 @@ class Loaded(NamedTuple):
     """Names of tensors in the files that the model does not have."""
     fewer_rows: dict[str, int]
     """For each growing parameter with fewer rows in the files than in the model: that number."""
-    quantized: str
-    """A sentence about weights that are quantized in the files; empty if none is."""
+    said: str
+    """Lines about weights that are quantized in the files, and what the model lacks; may be empty.
+    """
 
 
 @torch.no_grad()
@@ -87,6 +92,8 @@ def load(
     reads, unknown = layout.reads(stored.names)
     growing = {layout.main[name] for name in growing}
     found = _check_complete(layout, reads, stored, hf.class_name(model), where, growing=growing)
+    for get, read in opened(reads, stored):
+        _expect_form(read, state.get(read.target), get, where)
     made = {read.target for read in reads}
     # The files may contain a tied tensor under several names. The others must equal the main one.
     twins = [
@@ -106,21 +113,21 @@ def load(
         )
     rows = {name: len(found[name][1]) for name in growing}
     fewer = {name: count for name, count in rows.items() if count < len(state[name])}
-    return Loaded(unknown, fewer, stored.describe())
+    return Loaded(unknown, fewer, Origin.of(path, layout, stored).describe())
 
 
 def open_folder(
     plain: PreTrainedModel, path: str, *, setting: str
-) -> tuple[dict[str, Tensor], Callable[[str], Tensor], list[str]]:
+) -> tuple[dict[str, Tensor], Callable[[str], Tensor]]:
     """Open the safetensors at path, converted to the tensors of the model `plain` on meta.
 
-    Return all tensors by name, without data and in the dtype of the files; a function that reads
-    one tensor by name; and the names of tensors that the model does not have. No more than one
-    `Read` is in memory at a time. Raise `UserError` as `load` does.
+    Return all tensors by name, without data and in the dtype of the files; and a function that
+    reads one tensor by name. No more than one `Read` is in memory at a time. Raise `UserError` as
+    `load` does.
     """
     stored, layout, where = find(path, setting=setting), Layout(plain), f'{setting} = "{path}"'
     expect_as_exported(stored.files, where)
-    reads, unknown = layout.reads(stored.names)
+    reads, _ = layout.reads(stored.names)
     found = _check_complete(layout, reads, stored, hf.class_name(plain), where)
 
     def fetch(name: str) -> Tensor:
@@ -128,18 +135,7 @@ def open_folder(
             made = {layout.main[made]: tensor for made, tensor in _whole(read, get).items()}
         return made[layout.main[name]]
 
-    return {name: found[main][1] for name, main in layout.main.items()}, fetch, unknown
-
-
-def describe_unknown(
-    names: list[str], model: PreTrainedModel, path: str, *, setting: str = "model.path"
-) -> str:
-    """Return a line about tensors that are in the files but not in the model."""
-    count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
-    return (
-        f'{setting} = "{path}": ignored {count} that {hf.class_name(model)} does not have: '
-        f"{some(names)}"
-    )
+    return {name: found[main][1] for name, main in layout.main.items()}, fetch
 
 
 def _check_complete(
@@ -176,6 +172,19 @@ def _check_complete(
     if wrong:
         raise UserError(f"{where}: {_why_incomplete(layout, stored, model, wrong, found)}")
     return found
+
+
+def _expect_form(read: Read, target: Tensor | None, get: Get, where: str) -> None:
+    """Raise UserError if a weight is to keep the form of its release, and has another one."""
+    form = None if target is None else form_kept(target)
+    for name in read.names if form else ():
+        found = getattr(get(name), "packed_form", None)
+        if found != form or read.converter and not read.stacks:
+            raise UserError(
+                f"{where}: {name} is stored as {found or get(name).get_dtype()}, which is not the "
+                f"{form} that config.json says, and cannot be kept. Set lora.quantize_base to "
+                '"nf4" or "none".'
+            )
 
 
 def _fits(stored: Tensor, wanted: Tensor, *, grows: bool) -> bool:
@@ -238,15 +247,24 @@ def _parts(read: Read, state: dict[str, Tensor], get: Get) -> Iterator[tuple[Ten
     if read.converter is None:  # there may be fewer rows in the file
         rows = slice(rows.start, max(rows.start, min(rows.stop, get(read.names[0]).get_shape()[0])))
     some = max(1, _READ_AT_ONCE // max(1, math.prod(target.shape[1:])))
+    form = form_kept(target)
     for start in range(rows.start, rows.stop, some):
         chosen = slice(start, min(start + some, rows.stop))
+        mine = part[start - rows.start : chosen.stop - rows.start]
+        index, columns = (chosen, *within), (slice(None), *within)
         if read.converter is None:
-            values = get(read.names[0])[(chosen, *within)]
+            whole = get(read.names[0])
+            values = whole.packed(start, chosen.stop) if form else whole[index]
         else:
-            sources = {p: [get(n)[...] for n in names[chosen]] for p, names in read.sources.items()}
+            found = {p: [get(n) for n in names[chosen]] for p, names in read.sources.items()}
+            # The bytes of rows are stacked and joined as their numbers are.
+            sources = {
+                p: [one.packed(0, one.get_shape()[0]) if form else one[...] for one in ones]
+                for p, ones in found.items()
+            }
             [made] = read.convert(sources).values()
-            values = made[(slice(None), *within)]
-        yield part[start - rows.start : chosen.stop - rows.start], values
+            values = made if form else made[columns]
+        yield mine, NF4Weight(values, mine.shape, mine.dtype, form) if form else values
 
 
 def _whole(read: Read, get: Get) -> dict[str, Tensor]:
@@ -289,30 +307,28 @@ def export(
     *,
     step: int | None = None,
     fetch: Callable[[str], Tensor] | None = None,
+    origin: str = "",
 ) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` opens. Collective.
 
     It contains safetensors, the config and, if given, the tokenizer. Tensors are gathered one by
     one (or fetched by name with `fetch`, for a model without data) and converted to the form of
     `save_pretrained`. Rank 0 writes a file for about every 4 GiB, so no rank holds the whole model.
-    The folder is written under a temporary name and renamed when it is complete; an existing
-    folder is replaced then. Parameters keep their storage dtype. Adapters are merged into the
-    parameters, in the dtype that `Delta` says, and weights in NF4 are written as numbers. If `step`
-    is given, `exported_step` can read it from the folder. Raise `UserError`, on every rank, if the
-    folder cannot be written.
+    An existing folder is replaced when the new one is complete. Parameters keep their storage
+    dtype; merged adapters have that of `Delta`, and quantized weights become numbers. `step` is for
+    `exported_step`. What `origin`, the folder or hub name of the first weights, has besides is
+    taken over (origin.py). Raise `UserError`, on every rank, if the folder cannot be written.
     """
     aside = partial_path(folder)
     writes = not dist.is_initialized() or dist.get_rank() == 0
     layout, state, added = Layout(model), hf.state_of(model), deltas(model)
+    source = Origin.of(origin, layout) if origin else None
     fetch = fetch or (lambda name: _gather(state[name], added.get(name), keep=writes))
-    dtypes = {name: added.get(name, tensor).dtype for name, tensor in state.items()}
     groups = {names[0]: names for names in layout.writes()}
     # Before anything is gathered, because the names of the files have their number in them.
-    sizes = {x: sum(state[y].numel() * dtypes[y].itemsize for y in g) for x, g in groups.items()}
-    pattern = "model{suffix}.safetensors"
-    split = split_state_dict_into_shards_factory(
-        sizes, get_storage_size=int, filename_pattern=pattern, max_shard_size=_EXPORT_FILE_BYTES
-    )
+    sizes = {x: sum(_bytes_of(state, added, y) for y in group) for x, group in groups.items()}
+    rest, sizes_of_rest = _rest_of(source)
+    split = _split(sizes | sizes_of_rest)
     index: dict[str, str] = {}
     try:
         with _raise_on_all_ranks(folder):
@@ -321,13 +337,14 @@ def export(
                 aside.mkdir(parents=True)
         for file, members in split.filename_to_tensors.items():
             tensors: dict[str, Tensor] = {}
-            for first in members:
+            for first in filter(groups.get, members):
                 group = {name: fetch(name) for name in groups[first]}
                 if writes:
-                    tensors |= {name: t.contiguous() for name, t in layout.in_files(group).items()}
+                    tensors |= _as_stored(layout.in_files(group), source)
                 del group
             with _raise_on_all_ranks(folder):
                 if writes:
+                    tensors |= {n: source.read(n) for x in members if (n := rest.get(x)) and source}
                     save_file(tensors, aside / file, metadata={"format": "pt"})
             index |= dict.fromkeys(tensors, file)
             del tensors  # before the next file's are gathered
@@ -336,7 +353,7 @@ def export(
                 if split.is_sharded:
                     about = {"metadata": split.metadata, "weight_map": index}
                     (aside / INDEX_FILE).write_text(json.dumps(about, indent=2))
-                _write_configs(model, tokenizer, aside)
+                _write_configs(model, tokenizer, aside, source)
                 write_manifest(aside, step)
                 replace_folder(aside, folder)
     finally:
@@ -344,14 +361,39 @@ def export(
             remove(aside)
 
 
-def exported_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of the tensors in an export of model."""
+def _split(sizes: dict[str, int]) -> StateDictSplit:
+    pattern = "model{suffix}.safetensors"
+    return split_state_dict_into_shards_factory(
+        sizes, get_storage_size=int, filename_pattern=pattern, max_shard_size=_EXPORT_FILE_BYTES
+    )
+
+
+def _rest_of(source: Origin | None) -> tuple[dict[str, str], dict[str, int]]:
+    """Return names and sizes of the tensors that an export takes over, by keys that are no names of
+    the model.
+    """
+    names = {f"{_REST}{name}": name for name in source.rest} if source else {}
+    return names, {key: source.size_of(name) for key, name in names.items() if source}
+
+
+def _bytes_of(state: dict[str, Tensor], added: dict[str, Delta], name: str) -> int:
+    return state[name].numel() * added.get(name, state[name]).dtype.itemsize
+
+
+def _as_stored(made: dict[str, Tensor], source: Origin | None) -> dict[str, Tensor]:
+    """Return tensors under the names that they have in the folder they came from."""
+    named = source.name_of if source else str
+    return {named(name): tensor.contiguous() for name, tensor in made.items()}
+
+
+def exported_bytes(model: PreTrainedModel, origin: str = "") -> int:
+    """Return the bytes of the tensors in an export of model, with those that it takes over."""
     added = deltas(model)
-    once = {
-        id(t): t.numel() * added.get(name, t).dtype.itemsize
-        for name, t in hf.state_of(model).items()
-    }
-    return sum(once.values())
+    source = Origin.of(origin, Layout(model)) if origin else None
+    rest = sum(_rest_of(source)[1].values())
+    state = hf.state_of(model)
+    once = {id(tensor): _bytes_of(state, added, name) for name, tensor in state.items()}
+    return sum(once.values()) + rest
 
 
 def _gather(parameter: Tensor, delta: Delta | None = None, *, keep: bool) -> Tensor | None:
@@ -416,13 +458,22 @@ def _raise_on_all_ranks(folder: Path) -> Iterator[None]:
 
 
 def _write_configs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    source: Origin | None,
 ) -> None:
-    config = copy.deepcopy(model.config)
-    config.architectures = [hf.class_name(model)]
-    for key in ("auto_map", "quantization_config"):  # code that was not used; forms of the release
-        if hasattr(config, key):
-            delattr(config, key)
+    config = source and source.whole
+    if source:
+        source.copy_files(folder, tokenizer)
+    if config is None:
+        config = copy.deepcopy(model.config)
+        config.architectures = [hf.class_name(model)]
+    code = {file.name for file in folder.glob("*.py")}
+    if hasattr(config, "auto_map") and not names_code_in(config.auto_map, code):
+        del config.auto_map
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:  # a classifier has none
         # Not by `save_pretrained`, which validates: it would refuse the generation config of many

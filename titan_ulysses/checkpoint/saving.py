@@ -28,16 +28,22 @@ class _LoopCheckpointer(Checkpointer):
 
 
 def save_pretrained(
-    model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    origin: str = "",
 ) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` opens.
 
-    It contains safetensors, configs and, if given, the tokenizer. Collective: every rank must call
-    it, and rank 0 writes. Parameters keep their storage dtype, and no rank holds all of them at
-    once. An existing folder is replaced when the new one is complete. Raise `UserError`, on every
-    rank, if the folder cannot be written.
+    It contains safetensors, configs and, if given, the tokenizer. With `origin`, the folder or hub
+    name that the weights came from, it also has the tensors there that the model lacks, such as
+    prediction layers, and all other files. Collective: every rank must call it, and rank 0 writes.
+    Parameters keep their storage dtype, and no rank holds all of them at once. An existing folder
+    is replaced when the new one is complete. Raise `UserError`, on every rank, if the folder cannot
+    be written.
     """
-    weights.export(model, tokenizer, Path(folder))
+    weights.export(model, tokenizer, Path(folder), origin=origin)
 
 
 def save_checkpoint(

@@ -250,17 +250,19 @@ class LoRA(Section):
     """rsLoRA: the scale is alpha / sqrt(rank)."""
     use_dora: bool = setting(False, _WITH_ADAPTERS)
     """DoRA: adapters for the direction of each row of a weight, and its length is trained too."""
-    quantize_base: Literal["none", "nf4"] = setting(
+    quantize_base: Literal["none", "nf4", "released"] = setting(
         "none",
         _WITH_ADAPTERS,
         Excludes(
             "quantize.float8",
-            text="{this} and {other} are both set: a frozen weight is stored in 4 bits, or "
+            text="{this} and {other} are both set: a frozen weight is stored in 4 or 8 bits, or "
             'multiplied in 8. Set one to "none" or false',
         ),
     )
     """QLoRA: the frozen matrices of the layers in 4 bits, nf4. Embedding, head, routers, and
-    matrices whose rows are not a multiple of 64 numbers stay in training.param_dtype.
+    matrices whose rows are not a multiple of 64 numbers stay in training.param_dtype; those that
+    were released in mxfp4 stay in it. released: those that model.path has in fp8 or mxfp4 stay in
+    it, and no other is quantized.
     """
 
 

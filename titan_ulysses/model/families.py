@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import PrefixChange
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from titan_ulysses.config.toml import to_toml
@@ -88,6 +86,15 @@ _WITH_SINKS = {"flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mi
 """Families whose heads have an attention sink, for which there is no key of the config."""
 
 _OTHER_MODES = {"vision_config", "audio_config"}
+_TEXT_PARTS = {
+    *("deepseek_vl", "gemma3", "got_ocr2", "idefics3", "internvl", "lfm2_vl", "lighton_ocr"),
+    *("llava", "llava_next", "llava_onevision", "mistral3", "smolvlm", "video_llama_3"),
+    *("video_llava", "vipllava"),
+    # transformers itself makes the text part of these from the whole.
+    *("apertus1p5", "gemma3n", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "qwen3_5"),
+    *("qwen3_5_moe", "qwen4_exp"),
+}
+"""Multi-modal models whose text part is a causal model that computes the same of text."""
 
 
 @dataclass(frozen=True)
@@ -295,16 +302,11 @@ def largest_head(config: PreTrainedConfig) -> int | None:
 
 
 def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the config of the language model in a multi-modal one, if transformers knows which of
-    the tensors in a checkpoint of the whole are its own (qwen3_5). Otherwise return config.
+    """Return the config of the language model in a multi-modal one, if it is known to compute the
+    same of text as the whole does. Otherwise return config.
     """
     text = config.get_text_config()
-    known = get_checkpoint_conversion_mapping(text.model_type) or ()
-    if (
-        not _OTHER_MODES & config.sub_configs.keys()
-        or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING
-        or not any(isinstance(conversion, PrefixChange) for conversion in known)
-    ):
+    if config.model_type not in _TEXT_PARTS or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return config
     # What the whole says of itself is meant for its parts.
     text.tie_word_embeddings |= config.tie_word_embeddings
@@ -320,9 +322,9 @@ def check_family(config: PreTrainedConfig) -> None:
     elif _OTHER_MODES & config.sub_configs.keys():
         raise UserError(
             f'model: "{config.model_type}" is multi-modal, and this version trains at most the '
-            "text part of such a model. For qwen3_5, model.path of the whole model is enough. For "
-            "others, save the text part as a separate model, if transformers has a class for it "
-            "(gemma3_text, llama4_text), and train that."
+            "text part of such a model, from a model.path of the whole. It knows that of "
+            f"{', '.join(sorted(_TEXT_PARTS))}. For others, save the text part as a separate "
+            "model, if transformers has a class for it (llama4_text), and train that."
         )
     check_form(config)
     ahead = _looks_ahead(config)

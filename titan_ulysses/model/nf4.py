@@ -1,10 +1,11 @@
-"""QLoRA (arXiv 2305.14314): the frozen weights of a model with adapters in 4 bits, NF4.
+"""QLoRA (arXiv 2305.14314): the frozen weights of a model with adapters in 4 bits, NF4; or in the 8
+or 4 bits of their release (released.py).
 
-A weight is stored row by row. A row of n numbers has n / 64 blocks, each with a scale, its largest
-magnitude. A number is a code of 4 bits, for one of 16 levels between -1 and 1, times the scale of
-its block. The scales of a row are quantized too ("double quantization"): their distance from the
-row's mean in 8 bits. Codes, scales, and two fp32 numbers for the scales are the bytes of the row,
-n / 2 + n / 64 + 8 of them: 0.52 bytes a number for n = 4,096.
+A weight in NF4 is stored row by row. A row of n numbers has n / 64 blocks, each with a scale, its
+largest magnitude. A number is a code of 4 bits, for one of 16 levels between -1 and 1, times the
+scale of its block. The scales of a row are quantized too ("double quantization"): their distance
+from the row's mean in 8 bits. Codes, scales, and two fp32 numbers for the scales are the bytes of
+the row, n / 2 + n / 64 + 8 of them: 0.52 bytes a number for n = 4,096.
 
 These are the codes and scales that torchao's `to_nf4(row, 64, n // 64)` makes of each row
 (tests/test_nf4.py). torchao's own tensor takes one mean over a whole weight, and blocks of 256
@@ -17,7 +18,9 @@ of gathered blocks are not in 4 bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -30,6 +33,7 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.parts import visited
 from titan_ulysses.distributed.tensors import local_shard
 from titan_ulysses.model.parameter_names import is_router, plain
+from titan_ulysses.model.released import Form, Release
 
 BLOCK = 64
 """Numbers of a row with a scale of their own."""
@@ -132,12 +136,26 @@ def _make_pairs(device: torch.device) -> Tensor:
 # --- a weight of a model --------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class NF4:
+    """The form of weights as NF4Weight stores them: see `Form` in released.py."""
+
+    name = "nf4"
+
+    def packed_shape(self, shape: Sequence[int]) -> list[int]:
+        return [*shape[:-1], row_bytes(shape[-1])]
+
+    def dequantize(self, packed: Tensor, out: Tensor) -> Tensor:
+        return dequantize(packed, out)
+
+
 class NF4Weight(Tensor):
     """A frozen weight [..., n] that is stored as rows of bytes, and cut by its first dimension.
 
-    It has the shape of the weight, and the dtype of the computation. `copy_` quantizes what it is
-    given. All else that it can do is what FSDP and DTensor need to shard, move and gather it; other
-    operations raise NotImplementedError. See `dequantized` for its numbers.
+    It has the shape of the weight, and the dtype of the computation. The bytes are NF4 or another
+    form, of a release. `copy_` quantizes what it is given to NF4; another form takes over bytes of
+    its own alone. All else that it can do is what FSDP and DTensor need to shard, move and gather
+    it; other operations raise NotImplementedError. See `dequantized` for its numbers.
 
     torch has no public way to make a tensor that has a shape and dtype without their memory, nor to
     fill one again that autograd has saved: what is used of its private parts is in this class.
@@ -145,11 +163,15 @@ class NF4Weight(Tensor):
 
     _padded: Tensor
     """The bytes of its rows, and after them those with which FSDP makes all shards of one size."""
+    form: Form
 
     @staticmethod
-    def __new__(cls, packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> NF4Weight:
+    def __new__(
+        cls, packed: Tensor, shape: torch.Size, dtype: torch.dtype, form: Form | None = None
+    ) -> NF4Weight:
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=packed.device)
         made._padded = packed
+        made.form = form or NF4()
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -162,21 +184,21 @@ class NF4Weight(Tensor):
     def dequantized(self) -> Tensor:
         """Return the numbers that it stands for, in its dtype."""
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        return dequantize(self.packed, out)
+        return self.form.dequantize(self.packed, out)
 
     def __repr__(self) -> str:
         return f"NF4Weight({tuple(self.shape)}, {self.dtype}, device={self.device})"
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["packed"], self.dtype
+        return ["packed"], (self.dtype, self.form)
 
     @staticmethod
-    def __tensor_unflatten__(inner, dtype, shape, stride) -> NF4Weight:
-        return NF4Weight(inner["packed"], shape, dtype)
+    def __tensor_unflatten__(inner, about, shape, stride) -> NF4Weight:
+        return NF4Weight(inner["packed"], shape, *about)
 
     def _like(self, packed: Tensor, rows: int | None = None) -> NF4Weight:
         rows = self.shape[0] if rows is None else rows
-        return NF4Weight(packed, torch.Size([rows, *self.shape[1:]]), self.dtype)
+        return NF4Weight(packed, torch.Size([rows, *self.shape[1:]]), self.dtype, self.form)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -207,10 +229,10 @@ class NF4Weight(Tensor):
         if out is None:
             shape = (packed.shape[0], *self.shape[1:])  # with the padding, which FSDP cuts off
             out = torch.empty(shape, dtype=param_dtype, device=packed.device)
-            return dequantize(packed, out), (out,)
+            return self.form.dequantize(packed, out), (out,)
         # Autograd has saved it for backward, with the same numbers.
         with torch.autograd._unsafe_preserve_version_counter(out):
-            dequantize(packed[: len(out)], out)
+            self.form.dequantize(packed[: len(out)], out)
         return None
 
 
@@ -249,15 +271,18 @@ def _slice(func, weight: NF4Weight, dim=0, start=0, end=None) -> NF4Weight | Non
 def _view(func, weight: NF4Weight, size: list[int]) -> NF4Weight | None:
     if list(size) == [-1]:
         # FSDP keeps such a view of each weight, and reads it where there are no hooks.
-        return NF4Weight(weight._padded, torch.Size([weight.numel()]), weight.dtype)
+        return NF4Weight(weight._padded, torch.Size([weight.numel()]), weight.dtype, weight.form)
     return weight._like(weight._padded) if tuple(size) == weight.shape else None
 
 
-def _copy(func, weight: NF4Weight, source: Tensor, non_blocking: bool = False) -> NF4Weight:
+def _copy(func, weight: NF4Weight, source: Tensor, non_blocking: bool = False) -> NF4Weight | None:
     if isinstance(source, NF4Weight):
+        assert source.form == weight.form and source.shape == weight.shape, (source, weight)
         weight.packed.copy_(source.packed, non_blocking=non_blocking)
         return weight
     assert source.shape == weight.shape, (source.shape, weight.shape)
+    if not isinstance(weight.form, NF4):
+        return None
     quantize(source, weight.packed)
     return weight
 
@@ -281,26 +306,34 @@ _OPERATIONS: dict[Any, Callable[..., Any]] = {
 # --- the weights of a model -----------------------------------------------------------------------
 
 
-def quantize_base(blocks: Iterable[nn.Module]) -> int:
+def quantize_base(blocks: Iterable[nn.Module], release: Release | None = None) -> int:
     """Make the frozen matrices of blocks weights in NF4, in place and before sharding.
 
     These are the weights of linear layers except routers, and those of experts, if their rows have
-    a multiple of 64 numbers; all others stay as they are. Returns how many there are. The blocks
-    may be on meta. UserError if there is none.
+    a multiple of 64 numbers; all others stay as they are. Those that `release` says keep the form
+    that they were released in instead. Returns how many there are. The blocks may be on meta.
+    UserError if there is none.
     """
     count, others = 0, set()
     for block in blocks:
         for owner, name, weight in _matrices(block):
-            if weight.shape[-1] % BLOCK:
+            form: Form | None = release.form_of(owner, name) if release else NF4()
+            if form is None:
+                continue
+            if isinstance(form, NF4) and weight.shape[-1] % BLOCK:
                 others.add(weight.shape[-1])
                 continue
-            shape = (*weight.shape[:-1], row_bytes(weight.shape[-1]))
-            packed = weight.new_empty(shape, dtype=torch.uint8)
-            quantized = NF4Weight(packed, weight.shape, weight.dtype)
+            packed = weight.new_empty(form.packed_shape(weight.shape), dtype=torch.uint8)
+            quantized = NF4Weight(packed, weight.shape, weight.dtype, form)
             if not weight.is_meta:
                 quantized.copy_(weight.detach())
             setattr(owner, name, nn.Parameter(quantized, requires_grad=False))
             count += 1
+    if not count and release and release.only:
+        raise UserError(
+            'lora.quantize_base = "released": no frozen matrix of the blocks is quantized in the '
+            'release. Set it to "none" or "nf4".'
+        )
     if not count:
         raise UserError(
             'lora.quantize_base = "nf4": no frozen matrix of the blocks has rows of a multiple of '
@@ -321,26 +354,46 @@ def _matrices(block: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]
                 yield module, name, parameter
 
 
-def is_nf4(parameter: Tensor) -> bool:
-    """Return whether this is a weight in NF4, sharded or not."""
+def _form_of(parameter: Tensor) -> Form | None:
     with torch.no_grad():
-        return isinstance(local_shard(parameter), NF4Weight)
+        shard = local_shard(parameter)
+    return shard.form if isinstance(shard, NF4Weight) else None
+
+
+def is_nf4(parameter: Tensor) -> bool:
+    """Return whether this is a weight in NF4 or the form of a release, sharded or not."""
+    return _form_of(parameter) is not None
+
+
+def form_kept(parameter: Tensor) -> Form | None:
+    """Return the form of its release in which a weight is stored, sharded or not; None: in none."""
+    form = _form_of(parameter)
+    return None if isinstance(form, NF4) else form
 
 
 def describe_quantized(model: nn.Module) -> str:
-    """Return a line about the weights of a sharded model that are in NF4; empty if none is."""
-    parameters = list(model.parameters())
-    quantized = [p for p in parameters if is_nf4(p)]
-    if not quantized:
+    """Return a line about the frozen weights of a sharded model that are quantized; empty if none
+    is.
+    """
+    found: dict[str, list[tuple[Tensor, Form]]] = {}
+    rest = 0
+    for parameter in model.parameters():
+        if form := _form_of(parameter):
+            found.setdefault(form.name.upper(), []).append((parameter, form))
+        elif not parameter.requires_grad:
+            rest += parameter.numel()
+    parts = []
+    for name, weights in found.items():
+        numbers = sum(p.numel() for p, _ in weights)
+        size = sum(math.prod(form.packed_shape(p.shape)) for p, form in weights)
+        parts.append(
+            f"{len(weights)} weights of {numbers:,} parameters in {name}, "
+            f"{size / numbers:.3f} bytes each"
+        )
+        dtype = str(weights[0][0].dtype).removeprefix("torch.")
+    if not parts:
         return ""
-    numbers = sum(p.numel() for p in quantized)
-    size = sum(p.numel() // p.shape[-1] * row_bytes(p.shape[-1]) for p in quantized)
-    dtype = str(quantized[0].dtype).removeprefix("torch.")
-    rest = sum(p.numel() for p in parameters if not p.requires_grad) - numbers
-    return (
-        f"lora.quantize_base: {len(quantized)} weights of {numbers:,} parameters in NF4, "
-        f"{size / numbers:.3f} bytes each; {rest:,} frozen parameters stay in {dtype}"
-    )
+    return f"lora.quantize_base: {'; '.join(parts)}; {rest:,} frozen parameters stay in {dtype}"
 
 
 @torch.no_grad()
@@ -360,4 +413,5 @@ def full_tensor(parameter: Tensor) -> Tensor:
         shape=shape,
         stride=torch.empty(shape, device="meta").stride(),
     ).full_tensor()
-    return NF4Weight(gathered, parameter.shape, parameter.dtype).dequantized()
+    form = local_shard(parameter).form
+    return NF4Weight(gathered, parameter.shape, parameter.dtype, form).dequantized()

@@ -8,14 +8,17 @@ those of transformers' own operations where it has them without another package.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.model.parameter_names import plain
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
     from transformers import PreTrainedConfig
@@ -35,7 +38,7 @@ class Quantized:
     ends: dict[str, tuple[str, str]] = {}
     """For each ending of a stored tensor's name: what it is, and what ends the weight's name in its
     place. Longer endings come first."""
-    needs = ("codes", "scales")
+    needs: tuple[str, ...] = ("codes", "scales")
 
     def __init__(self, parts: Slices, settings: dict[str, Any]):
         """settings: quantization_config of config.json."""
@@ -52,15 +55,24 @@ class Quantized:
         return self.shape
 
     def __getitem__(self, index: Any) -> Tensor:
-        """Return numbers in fp32 or bf16. Only the rows (of the first dimension) are cut before
-        they are computed.
+        """Return numbers in fp32. Only the rows (of the first dimension) are cut before they are
+        computed.
         """
         first, *others = index if isinstance(index, tuple) else (index,)
         start, stop, _ = (slice(None) if first is ... else first).indices(self.shape[0])
         rows = self.rows(start, stop) if start < stop else torch.empty(0, *self.shape[1:])
-        return rows[(slice(None), *others)]
+        rest = (slice(None), *others)
+        return rows[rest]
 
     def rows(self, start: int, stop: int) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def packed_form(self) -> Form | None:
+        """How a frozen weight keeps these codes and scales in memory; None: it does not."""
+        return None
+
+    def packed(self, start: int, stop: int) -> Tensor:
         raise NotImplementedError
 
 
@@ -127,6 +139,21 @@ class FP8(Quantized):
         found = scales[first:last].reshape(last - first, self.grid[1])
         return codes[first * size : last * size], _wide(found)
 
+    def packed(self, start: int, stop: int) -> Tensor:
+        """Return the bytes of these rows as `FP8Rows` has them."""
+        codes, scales = self.rows_as_stored(start, stop)
+        each = 1 if self.grid[0] == 1 and len(self.shape) == 2 else self.block[0]
+        scales = scales.repeat_interleave(each, -2) if each > 1 else scales
+        scales = scales.expand(*codes.shape[:-1], -1) if self.grid[0] == 1 else scales
+        scales = scales[..., : codes.shape[-2], :].contiguous()
+        rows = torch.cat([codes.view(torch.uint8), scales.view(torch.uint8)], -1)
+        skipped = self._skipped(start)
+        return rows if skipped is None else rows[skipped : skipped + stop - start]
+
+    @property
+    def packed_form(self) -> Form:
+        return FP8Rows(self.block[1] if self.settings.get("weight_block_size") else 0)
+
     def _skipped(self, start: int) -> int | None:
         """Return how many rows of its block are before a row; None if a block has all rows."""
         one = len(self.shape) == 3 or self.grid[0] == 1
@@ -134,8 +161,8 @@ class FP8(Quantized):
 
 
 def _wide(scales: Tensor) -> Tensor:
-    """Return scales in fp32. Bytes are the exponents of MXFP8, with which the operation deals."""
-    return scales if scales.dtype == torch.uint8 else scales.float()
+    """Return scales in fp32. Bytes are exponents of 2, plus 127 (MXFP8)."""
+    return scales.float() if scales.dtype != torch.uint8 else (scales.float() - 127).exp2()
 
 
 def _divide(length: int, count: int) -> int:
@@ -220,10 +247,19 @@ class MXFP4(Quantized):
     def rows(self, start: int, stop: int) -> Tensor:
         from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-        return convert_moe_packed_tensors(*self.rows_as_stored(start, stop))
+        return convert_moe_packed_tensors(*self.rows_as_stored(start, stop)).float()
 
     def rows_as_stored(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         return self.parts["codes"][start:stop], self.parts["scales"][start:stop]
+
+    def packed(self, start: int, stop: int) -> Tensor:
+        """Return the bytes of these rows as `MXFP4Experts` has them."""
+        codes, scales = self.rows_as_stored(start, stop)
+        return torch.cat([codes.flatten(-2), scales], -1)
+
+    @property
+    def packed_form(self) -> Form:
+        return MXFP4Experts()
 
 
 class BitsAndBytes(Quantized):
@@ -273,6 +309,113 @@ class BitsAndBytes(Quantized):
         outer = self.parts["outer"][...].repeat_interleave(size)[first:last]
         levels = self.parts["outer_levels"][...]
         return levels[scales.int()] * outer + self.state["nested_offset"]
+
+
+# --- weights that keep the form of their release --------------------------------------------------
+
+
+class Form(Protocol):
+    """How a frozen weight is stored as bytes, of which those of a row are the row's alone."""
+
+    name: str
+
+    def packed_shape(self, shape: Sequence[int]) -> list[int]:
+        """Return the shape of the bytes of a weight. The first dimension is the weight's."""
+
+    def dequantize(self, packed: Tensor, out: Tensor) -> Tensor:
+        """Fill `out`, some or all rows of a weight, with the numbers of its bytes; return it."""
+
+
+@dataclass(frozen=True)
+class FP8Rows:
+    """A row's codes in E4M3, and after them its scales in fp32: one for `block` columns (0: one for
+    all). Blocks of several rows have their scale in each row, so that no block is on two ranks.
+    """
+
+    block: int
+    name = "fp8"
+
+    def packed_shape(self, shape: Sequence[int]) -> list[int]:
+        scales = -(-shape[-1] // self.block) if self.block else 1
+        return [*shape[:-1], shape[-1] + 4 * scales]
+
+    def dequantize(self, packed: Tensor, out: Tensor) -> Tensor:
+        columns = out.shape[-1]
+        some = max(1, _AT_ONCE // columns)
+        flat = packed.flatten(0, -2).split(some)
+        for rows, numbers in zip(flat, out.view(-1, columns).split(some), strict=True):
+            codes = rows[:, :columns].view(torch.float8_e4m3fn).float()
+            # A copy, because fp32 cannot begin at any byte.
+            scales = rows[:, columns:].clone(memory_format=torch.contiguous_format)
+            scales = scales.view(torch.float32)
+            if self.block:
+                scales = scales.repeat_interleave(self.block, -1)[:, :columns]
+            numbers.copy_(codes.mul_(scales))
+        return out
+
+
+@dataclass(frozen=True)
+class MXFP4Experts:
+    """The blocks of gpt_oss: [experts, rows, columns / 2 + columns / 32] bytes, codes and then
+    exponents, of a weight [experts, columns, rows].
+    """
+
+    name = "mxfp4"
+
+    def packed_shape(self, shape: Sequence[int]) -> list[int]:
+        experts, columns, rows = shape
+        return [experts, rows, columns // 2 + columns // 32]
+
+    def dequantize(self, packed: Tensor, out: Tensor) -> Tensor:
+        columns = out.shape[1]
+        levels = torch.tensor(_E2M1, device=packed.device)
+        pairs = torch.stack([levels.repeat(16), levels.repeat_interleave(16)], -1)
+        for rows, numbers in zip(packed.unbind(), out.unbind(), strict=True):
+            codes, exponents = rows.split([columns // 2, columns // 32], dim=-1)
+            blocks = F.embedding(codes.int(), pairs).view(len(rows), -1, 32)
+            blocks = torch.ldexp(blocks, exponents.int()[..., None] - 127)
+            numbers.copy_(blocks.flatten(1).t())
+        return out
+
+
+_AT_ONCE = 2**24
+"""Numbers that are made from bytes at once, in fp32."""
+_E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+_E2M1 += [-level for level in _E2M1]
+
+
+class Release:
+    """Which frozen weights of a model keep the form that they were released in."""
+
+    def __init__(self, model: nn.Module, settings: Any, otherwise: Form | None):
+        """settings: quantization_config. otherwise: the form of other weights; None: numbers.
+
+        UserError if there is no `otherwise`, and the release is in no form that is kept.
+        """
+        self.names = {module: plain(name) for name, module in model.named_modules()}
+        self.otherwise, self.only, form = otherwise, otherwise is None, form_of(settings)
+        self.kept: Form | None = None
+        if form is MXFP4:
+            self.kept = MXFP4Experts()
+        elif form is FP8 and self.only:  # NF4 is half of it
+            block = settings.get("weight_block_size") or (0, 0)
+            self.kept = FP8Rows(int(block[1]))
+        if self.only and self.kept is None:
+            what = f'is "{settings.get("quant_method")}"' if form else "is not quantized"
+            raise UserError(
+                'lora.quantize_base = "released" keeps fp8 and mxfp4, and the folder of '
+                f'model.path {what}. Set it to "nf4" or "none".'
+            )
+        self.skipped = (settings.get("modules_to_not_convert") if self.kept else None) or []
+
+    def form_of(self, owner: nn.Module, name: str) -> Form | None:
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        experts = getattr(owner, name).ndim == 3
+        is_quantized = experts or not isinstance(self.kept, MXFP4Experts)
+        if not is_quantized or not should_convert_module(self.names[owner], self.skipped):
+            return self.otherwise
+        return self.kept or self.otherwise
 
 
 def _dtype(stored: Any) -> torch.dtype:

@@ -81,6 +81,13 @@ def describe_unused_code(config: PreTrainedConfig) -> str | None:
     )
 
 
+def names_code_in(auto_map: Any, files: set[str]) -> bool:
+    """Return whether all code that `auto_map` names is in these files of its folder."""
+    references = auto_map.values() if isinstance(auto_map, dict) else ()
+    flat = [x for one in references for x in (one if isinstance(one, list | tuple) else [one]) if x]
+    return bool(flat) and all(f"{str(x).rpartition('.')[0]}.py" in files for x in flat)
+
+
 def _model_code(settings: dict[str, Any]) -> dict[str, str]:
     """Return the references under `auto_map` to classes that are built here.
 

@@ -13,7 +13,8 @@ from titan_ulysses.model import hf
 from titan_ulysses.model.float8 import use_float8
 from titan_ulysses.model.freezing import cast_frozen_params, freeze
 from titan_ulysses.model.lora import add_adapters
-from titan_ulysses.model.nf4 import quantize_base
+from titan_ulysses.model.nf4 import NF4, quantize_base
+from titan_ulysses.model.released import Release
 from titan_ulysses.model.vision import freeze_towers
 from titan_ulysses.optim.adamw import check_shards
 from titan_ulysses.setup.blocks import find_blocks
@@ -63,8 +64,10 @@ def build_model(
     if config.model.vision == "frozen":
         freeze_towers(model)
     cast_frozen_params(model, compute)
-    if config.lora.quantize_base == "nf4":
-        quantize_base(find_blocks(model)[1])
+    if (form := config.lora.quantize_base) != "none":
+        settings = getattr(spec.model_config, "quantization_config", None)
+        otherwise = NF4() if form == "nf4" else None
+        quantize_base(find_blocks(model)[1], Release(model, settings, otherwise))
     wrap(model, mesh, spec.options)
     check_shards(model.parameters(), config.optimizer)
     return model.train(), float8_layers

@@ -18,7 +18,12 @@ from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.checkpoint.dcp import Checkpointer
 from titan_ulysses.checkpoint.disk import DiskNeeds, disk_needs
 from titan_ulysses.checkpoint.folder import exported_step
-from titan_ulysses.checkpoint.initial import base_weights, initialize, needs_initial_weights
+from titan_ulysses.checkpoint.initial import (
+    base_weights,
+    initialize,
+    needs_initial_weights,
+    origin_of,
+)
 from titan_ulysses.checkpoint.state import saved_bytes
 from titan_ulysses.config.schema import KEYS, Config
 from titan_ulysses.config.toml import to_toml
@@ -158,7 +163,7 @@ class Checkpoints:
             self.folder,
             model=int(part * saved_bytes(state.model)),
             optimizer=int(part * expected_bytes(state.optimizer)),
-            export=weights.exported_bytes(state.model),
+            export=weights.exported_bytes(state.model, origin_of(self.config)),
             there=len(self.checkpointer.steps()),
             done=state.step,
         )
@@ -219,10 +224,14 @@ class Checkpoints:
             weights.save_adapters(
                 state.model, self.folder / "adapter", base=base.path if base else ""
             )
-        folder, step = self.folder / "export", state.step_to_export
         vision = state.spec.vision
-        processing = vision.processor if vision else state.spec.tokenizer
-        weights.export(state.model, processing, folder, step=step)
+        weights.export(
+            state.model,
+            vision.processor if vision else state.spec.tokenizer,
+            self.folder / "export",
+            step=state.step_to_export,
+            origin=origin_of(self.config),
+        )
 
 
 def data_settings(config: Config) -> dict[str, Any]:

@@ -105,8 +105,8 @@ def _choices(state: TrainState) -> Iterator[str]:
         yield f"[bold]{across}[/]"
     if whole := state.spec.part_of:
         yield (
-            f"{whole} is multi-modal: its text part alone is trained and exported, as a "
-            f"{state.spec.model_config.model_type}"
+            f"{whole} is multi-modal: its text part alone is trained, as a "
+            f"{state.spec.model_config.model_type}, and an export has the rest as it was"
         )
     if code := describe_unused_code(model.config):
         yield markup.escape(code)
@@ -211,7 +211,8 @@ def print_completion(state: TrainState, console: Console, folder: Path) -> None:
         if (best := state.step_to_export) != state.step:
             lines.append(f"  {config.checkpoint.folder}/step-{best}  the best one, exported")
     if config.checkpoint.export:
-        lines.append("  export/  opens with AutoModelForCausalLM.from_pretrained")
+        kind = "ImageTextToText" if state.spec.part_of else "CausalLM"
+        lines.append(f"  export/  opens with AutoModelFor{kind}.from_pretrained")
         if config.lora.rank:
             lines.append(
                 "  adapter/  opens with peft.PeftModel.from_pretrained, on the model that this "
