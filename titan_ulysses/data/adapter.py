@@ -74,9 +74,7 @@ def shard(
     optimizer once per `accumulate` batches.
 
     A mesh in the place of the model is the older form, which warns. Only there stream_chunk_tokens
-    says how the model streams, and not at all if it is left out.
-
-    Raise `UserError` for a batch that contradicts itself, or that differs between ranks that share
+    says how the model streams, and not at all if it is left out. Raise `UserError` for a batch that contradicts itself, or that differs between ranks that share
     a sequence.
     """
     if accumulate < 1:
