@@ -87,7 +87,8 @@ def shard(
             "Leave it out: shard(loader, model)."
         )
     mesh, sharding = _mesh_of(model, "shard"), model.sharding
-    read = read_documents if sharding.classifies else read_rows
+    classifies = type(model).__name__.endswith("ForSequenceClassification")
+    read = read_documents if classifies else read_rows
     return _batches(loader, mesh, accumulate, sharding.stream_chunk_tokens, read)
 
 

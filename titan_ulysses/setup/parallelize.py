@@ -248,8 +248,7 @@ def wrap(
     if options.compile.enable:  # the same, or what a tile computes
         compile_blocks(blocks)
     if streams:  # the forward of blocks
-        kept = checkpoints.keep_attention
-        stream_blocks(blocks, sequences, keep_attention=kept, store=store)
+        stream_blocks(blocks, sequences, keep_attention=checkpoints.keep_attention, store=store)
     use_loss_head(model, decoder, options, device_type)  # lm_head, by a module of the same weight
     if isinstance(sequences, SequenceStore):
         # The forward of embedding, rotary embeddings and final norms.
@@ -261,9 +260,7 @@ def wrap(
         checkpoint_blocks(blocks, every=every, store=store, extra_outputs=extra, device=mesh.device)
     shard_root(model, shard)
     chunk_tokens = _chunk_tokens(options, mesh.sp.size(), device_type) if streams else -1
-    model.sharding = Sharding(
-        decoder, mesh, options.attention, router_loss, ropes, chunk_tokens, classifies(model)
-    )
+    model.sharding = Sharding(decoder, mesh, options.attention, router_loss, ropes, chunk_tokens)
     model.forward = partial(model.sharding.forward, model)
     guard(model)  # a hook, and a forward around that one
     for method, reason in _REFUSED.items():
