@@ -74,8 +74,8 @@ def shard(
     optimizer once per `accumulate` batches.
 
     A mesh in the place of the model is the older form, which warns. Only there stream_chunk_tokens
-    says how the model streams, and not at all if it is left out. Raise `UserError` for a batch that contradicts itself, or that differs between ranks that share
-    a sequence.
+    says how the model streams, and not at all if it is left out. Raise `UserError` for a batch that
+    contradicts itself, or that differs between ranks that share a sequence.
     """
     if accumulate < 1:
         raise UserError(f"shard: accumulate = {accumulate}: must be at least 1.")
@@ -92,7 +92,8 @@ def shard(
             "Leave it out: shard(loader, model)."
         )
     mesh, sharding = _mesh_of(model, "shard"), model.sharding
-    read = read_documents if sharding.classifies else partial(read_rows, vision=sharding.vision)
+    classifies = type(model).__name__.endswith("ForSequenceClassification")
+    read = read_documents if classifies else partial(read_rows, vision=sharding.vision)
     kinds = sharding.vision is not None
     return _batches(loader, mesh, accumulate, sharding.stream_chunk_tokens, read, kinds)
 

@@ -66,8 +66,6 @@ class Sharding:
     stream_chunk_tokens: int = -1
     """The setting for which batches must be cut; -1: its blocks do not stream."""
     indexers: list[Indexer] = field(default_factory=list)
-    classifies: bool = False
-    """Whether it is a model for sequence classification."""
     vision: Vision | None = None
     """None: a model of text."""
     own_loss: Tensor | None = None
@@ -106,7 +104,8 @@ class Sharding:
                 inputs["features"] = self.vision.encode(
                     visuals or Visuals(), pixels, self.mesh, **cut
                 )
-            return self._forward(model, ulysses=ulysses, **inputs)
+            run = self._classify if "num_documents" in inputs else self._forward
+            return run(model, ulysses=ulysses, **inputs)
 
     def _label_share(
         self, labels: Tensor | None = None, num_items_in_batch: Tensor | None = None, **_: Any
@@ -165,8 +164,6 @@ class Sharding:
         temperature: float = 1.0,
         loss_function: LossFunction | None = None,
         loss_inputs: dict[str, Tensor] | None = None,
-        num_documents: int | None = None,
-        targets: Tensor | None = None,
         features: dict[str, Any] | None = None,
     ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast | StatisticsOutput | BaseModelOutput:
         """Run a causal LM, with the loss computed from hidden states inside the head.
@@ -181,18 +178,11 @@ class Sharding:
         TokenStatistics of this rank's labels, [B, T] each, with gradients. loss_function and its
         loss_inputs [B, T, ...] replace the cross-entropy: see `memory/losses.py`.
 
-        Of a model for sequence classification, labels say which of num_documents ends at a token,
-        num_items_in_batch is the number of documents in the step, and see `_classified`.
-
         `.aux_loss` is the router loss, if there is one, and `.loss` includes it. attention_mask
         [B, T] is 0 at padding, which the router loss does not count; it has no other effect.
         """
-        sums = labels is not None and reduction == "sum" and not self.classifies
+        sums = labels is not None and reduction == "sum"
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "ulysses": ulysses}
-        if INDEXED in (layer_types(model.config) or ()):
-            # In place of a mask [B, 1, S, S], which the decoder would build.
-            stand_in = position_ids.new_zeros((1, 1, 1, 1), dtype=torch.float32)
-            inputs["attention_mask"] = {INDEXED: stand_in}
         if features is not None:
             inputs["mm_encoder_outputs"] = features
         own_labels = labels if sums else None
@@ -205,9 +195,6 @@ class Sharding:
         if reduction == "hidden":
             # By the head, because FSDP counts on a call of each module of a forward.
             return BaseModelOutput(last_hidden_state=head(hidden, reduction=reduction))
-        if num_documents is not None:
-            scores = self._scores(head(hidden), labels, num_documents)
-            return self._classified(model, scores, targets, num_items_in_batch)
         if labels is None:
             return CausalLMOutputWithPast(logits=head(hidden))
         if reduction == "statistics":
@@ -241,19 +228,35 @@ class Sharding:
         # Not a view, of which FSDP warns.
         return SumOverRanks.apply(scores, wide, self.mesh.sp.get_group())[:count].clone()
 
-    def _classified(
-        self, model: PreTrainedModel, scores: Tensor, targets: Tensor | None, total: Tensor | None
+    def _classify(
+        self,
+        model: PreTrainedModel,
+        *,
+        labels: Tensor,
+        num_documents: int,
+        attention_mask: Tensor | None = None,
+        targets: Tensor | None = None,
+        num_items_in_batch: Tensor | None = None,
+        **inputs: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """Return the scores [N, C] as `.logits`, and with targets the loss of transformers: the
-        mean over all documents of the step. A loss of one's own that each of the ranks that share
+        """Run a model for sequence classification, which scores the last token of each document.
+
+        labels [B, T] say which of num_documents = N ends at a token; num_items_in_batch is their
+        number in the step. `.logits` are the scores [N, C], and with targets `.loss` is that of
+        transformers, the mean over the step. A loss of one's own that each of the ranks that share
         the rows computes from the scores has its gradient once.
         """
+        hidden, *_ = self._decode(inputs, attention_mask, None)
+        head = output_layer(model)
+        if torch.is_grad_enabled():
+            head.set_unshard_in_backward(True)  # see `_forward`
+        scores = self._scores(head(hidden), labels, num_documents)
         if targets is None:
             return SequenceClassifierOutputWithPast(logits=scores)
         mean = model.loss_function(
             logits=scores, labels=targets, pooled_logits=scores, config=model.config
         )
-        part = mean.double() * len(scores) / total
+        part = mean.double() * num_documents / num_items_in_batch
         self.own_loss = part.detach() / self.mesh.sp.size()
         loss = SumOverRanks.apply(part, scores.dtype, self.mesh.batch.get_group())
         return SequenceClassifierOutputWithPast(loss=loss, logits=scores)
@@ -264,6 +267,10 @@ class Sharding:
         """Return the hidden states [B, T, h]; and the router loss and the number of labels on all
         ranks, if there is such a loss, and labels whose batch it belongs to.
         """
+        if INDEXED in (layer_types(self.decoder.config) or ()):
+            # In place of a mask [B, 1, S, S], which the decoder would build.
+            stand_in = inputs["position_ids"].new_zeros((1, 1, 1, 1), dtype=torch.float32)
+            inputs["attention_mask"] = {INDEXED: stand_in}
         if self.router_loss is None:
             return self.decoder(**inputs, use_cache=False).last_hidden_state, None, None
         inputs["output_router_logits"] = False  # hooks read them, so the decoder keeps none

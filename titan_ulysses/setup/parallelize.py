@@ -263,8 +263,7 @@ def wrap(
     if options.compile.enable:  # the same, or what a tile computes
         compile_blocks(blocks)
     if streams:  # the forward of blocks
-        kept = checkpoints.keep_attention
-        stream_blocks(blocks, sequences, keep_attention=kept, store=store)
+        stream_blocks(blocks, sequences, keep_attention=checkpoints.keep_attention, store=store)
     body = encoder_of(model) if has_vision(model.config) else decoder
     use_loss_head(model, body, options, device_type)  # lm_head, by a module of the same weight
     if isinstance(sequences, SequenceStore):
@@ -281,9 +280,9 @@ def wrap(
         checkpoint_blocks(blocks, every=every, store=store, extra_outputs=extra, device=mesh.device)
     shard_root(model, shard)
     chunk_tokens = _chunk_tokens(options, mesh.sp.size(), device_type) if streams else -1
-    core, is_classifier = options.attention, classifies(model)
+    core = options.attention
     model.sharding = Sharding(
-        *(body, mesh, core, router_loss, ropes, chunk_tokens, indexers, is_classifier, vision)
+        body, mesh, core, router_loss, ropes, chunk_tokens, indexers=indexers, vision=vision
     )
     model.forward = partial(model.sharding.forward, model)
     guard(model)  # a hook, and a forward around that one

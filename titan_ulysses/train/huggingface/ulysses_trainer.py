@@ -37,6 +37,7 @@ from titan_ulysses.checkpoint.saving import load_checkpoint, save_checkpoint, sa
 from titan_ulysses.distributed.errors import UserError, first_failure, one_line
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
+from titan_ulysses.model.hf import classifies
 from titan_ulysses.model.nf4 import full_tensor
 from titan_ulysses.setup.options import ParallelOptions
 from titan_ulysses.setup.parallelize import parallelize
@@ -207,7 +208,7 @@ class UlyssesTrainer(_Trainer):
 
         The mean over these of the sums divided by it is the loss of the step.
         """
-        scores = self.ulysses_model is not None and self.ulysses_model.sharding.classifies
+        scores = self.ulysses_model is not None and classifies(self.ulysses_model)
         if scores or not batch_samples or "labels" not in batch_samples[0]:
             return None
         vision = self.ulysses_model.sharding.vision
@@ -223,7 +224,7 @@ class UlyssesTrainer(_Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        if return_outputs and is_of_trl(type(self)) and not self.ulysses_model.sharding.classifies:
+        if return_outputs and is_of_trl(type(self)) and not classifies(self.ulysses_model):
             raise UserError(
                 "compute_loss(return_outputs=True): this trainer returns the logits of whole "
                 "sequences, which are never materialized. Leave return_outputs out."

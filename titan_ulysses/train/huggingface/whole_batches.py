@@ -33,6 +33,7 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
 from titan_ulysses.memory.losses import smoothed_cross_entropies
+from titan_ulysses.model.hf import classifies
 from titan_ulysses.model.vision import Vision
 from titan_ulysses.setup.forward import StatisticsOutput
 from titan_ulysses.train.evaluation import whole_statistics
@@ -71,7 +72,7 @@ def take_whole_batches(
         **inputs: Any,
     ) -> CausalLMOutputWithPast | SequenceClassifierOutputWithPast | WholeOutput:
         inputs = {"input_ids": input_ids, **inputs}
-        if model.sharding.classifies:
+        if classifies(model):
             return _classified(sharded, model, mesh, inputs)
         if inputs.get("labels") is None:
             raise UserError(
