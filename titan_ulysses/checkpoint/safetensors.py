@@ -241,11 +241,13 @@ def _parts(read: Read, state: dict[str, Tensor], get: Get) -> Iterator[tuple[Ten
     for start in range(rows.start, rows.stop, some):
         chosen = slice(start, min(start + some, rows.stop))
         if read.converter is None:
-            values = get(read.names[0])[(chosen, *within)]
+            cut = (chosen, *within)
+            values = get(read.names[0])[cut]
         else:
             sources = {p: [get(n)[...] for n in names[chosen]] for p, names in read.sources.items()}
             [made] = read.convert(sources).values()
-            values = made[(slice(None), *within)]
+            cut = (slice(None), *within)
+            values = made[cut]
         yield part[start - rows.start : chosen.stop - rows.start], values
 
 

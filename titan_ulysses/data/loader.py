@@ -112,7 +112,8 @@ class Batch:
         # Without those whose second dimension is not that of tokens.
         names = ("reference", "desirable", "targets", "pixels")
         others = {name: getattr(whole, name) for name in names}
-        each = replace(whole, **dict.fromkeys(names), position_ids=None, chunk_tokens=chunk_tokens)
+        without: dict[str, Any] = dict.fromkeys((*names, "position_ids"))
+        each = replace(whole, **without, chunk_tokens=chunk_tokens)
         if others["pixels"] is not None and self.visuals is not None:
             own = self.visuals.own(rank, degree)
             others["pixels"] = tuple(others["pixels"][i] for i in own)

@@ -92,7 +92,9 @@ def has_vision(config: PreTrainedConfig) -> bool:
     return known and "vision_config" in config.sub_configs
 
 
-def auto_class(config: PreTrainedConfig, *, classifier: bool = False) -> type:
+def auto_class(
+    config: PreTrainedConfig, *, classifier: bool = False
+) -> type[AutoModelForCausalLM | AutoModelForImageTextToText | AutoModelForSequenceClassification]:
     """Return the class of transformers that builds and loads the model of this config."""
     if classifier:
         return AutoModelForSequenceClassification

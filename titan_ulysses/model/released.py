@@ -35,7 +35,7 @@ class Quantized:
     ends: dict[str, tuple[str, str]] = {}
     """For each ending of a stored tensor's name: what it is, and what ends the weight's name in its
     place. Longer endings come first."""
-    needs = ("codes", "scales")
+    needs: tuple[str, ...] = ("codes", "scales")
 
     def __init__(self, parts: Slices, settings: dict[str, Any]):
         """settings: quantization_config of config.json."""
@@ -58,7 +58,8 @@ class Quantized:
         first, *others = index if isinstance(index, tuple) else (index,)
         start, stop, _ = (slice(None) if first is ... else first).indices(self.shape[0])
         rows = self.rows(start, stop) if start < stop else torch.empty(0, *self.shape[1:])
-        return rows[(slice(None), *others)]
+        cut = (slice(None), *others)
+        return rows[cut]
 
     def rows(self, start: int, stop: int) -> Tensor:
         raise NotImplementedError

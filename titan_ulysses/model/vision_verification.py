@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from titan_ulysses.data.images import Pixels, positions_of_rows
+from titan_ulysses.data.images import Kind, Pixels, positions_of_rows
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length
 from titan_ulysses.model.pixels import ONE_PLACEHOLDER, collate
@@ -113,9 +113,9 @@ class VisionBatch:
         parts, pixels = [self._words(4)], []
         for piece in pieces:
             if isinstance(piece, str) and piece != "text":
-                kind, _, wide = piece.partition("_")
+                kind: Kind = "video" if piece == "video" else "image"
                 inputs = self.vision.inputs[kind]
-                item = inputs.example(units=(1, 2) if wide else (1, 1))
+                item = inputs.example(units=(1, 2) if piece == "image_wide" else (1, 1))
                 values = torch.randn(item[inputs.pixels].shape, generator=self.generator)
                 item = item | {inputs.pixels: values.to(torch.float64)}
                 rows = self.vision.count_features(kind, item)

@@ -54,8 +54,8 @@ def timeline_of(plan: Plan) -> Timeline:
     column = np.clip(np.ceil(now / width), 1, _COLUMNS) - 1
     # The number of events before the highest moment of each column.
     totals, edges = changes.cumsum()[start - 1 :], np.arange(_COLUMNS)
-    first, end = (np.searchsorted(column, edges, side=side) for side in ("left", "right"))
-    highest = [a + int(totals[a : b + 1].argmax()) for a, b in zip(first, end, strict=True)]
+    bounds = np.stack([np.searchsorted(column, edges, side=side) for side in ("left", "right")])
+    highest = [a + int(totals[a : b + 1].argmax()) for a, b in bounds.T.tolist()]
     columns: list[Counter[str]] = [Counter() for _ in edges]
     names = np.array([one.component for one, _ in events])
     for name in dict.fromkeys(one.component for one, _ in events):
@@ -195,8 +195,10 @@ def ladder(
         label = "of it, in steps of at most an hour"
         axes.barh(places, in_an_hour, height=width, color=COLORS[0], label=label)
         for place, length, step in zip(places, longest, steps, strict=True):
-            ends = f": {what_ends(step.plan)}, {time_text(step.plan.time.seconds)} a step"
-            text = f" {length:,}{ends}" if step.plan else " does not fit"
+            text = " does not fit"
+            if step.plan:
+                seconds = time_text(step.plan.time.seconds)
+                text = f" {length:,}: {what_ends(step.plan)}, {seconds} a step"
             axes.text(length, place, text, va="center", fontsize=9)
         axes.set_yticks(places + (0.2 if theirs else 0), [step.what for step in steps])
         axes.set_xscale("log")

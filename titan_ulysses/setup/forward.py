@@ -102,9 +102,12 @@ class Sharding:
         ulysses = Ulysses(sp, self.core, documents, positions, chunk_tokens, share)
         with computing(ulysses.chunks):
             if self.vision is not None:
-                cut = {"seq_len": sum(documents[0]), "chunk_tokens": chunk_tokens}
                 inputs["features"] = self.vision.encode(
-                    visuals or Visuals(), pixels, self.mesh, **cut
+                    visuals or Visuals(),
+                    pixels,
+                    self.mesh,
+                    seq_len=sum(documents[0]),
+                    chunk_tokens=chunk_tokens,
                 )
             return self._forward(model, ulysses=ulysses, **inputs)
 
@@ -198,6 +201,7 @@ class Sharding:
         own_labels = labels if sums else None
         hidden, aux_loss, count = self._decode(inputs, attention_mask, own_labels)
         head = output_layer(model)
+        assert head is not None  # `parallelize` refuses a model without one
         if (loss_function is not None or not sums) and torch.is_grad_enabled():
             # Unlike that of the loss, the backward of logits needs the weight: FSDP has to gather
             # it. This is not turned off again, because that backward may run after later forwards.
