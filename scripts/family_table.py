@@ -59,7 +59,7 @@ def result_of(config: PreTrainedConfig) -> str:
     options = ParallelOptions(attention=sdpa).resolved(torch.float32)
     try:
         check_family(config)
-        chosen = verified_options(config, build_mesh(sequence=RANKS), options, None)
+        chosen = verified_options(config, build_mesh(sequence=RANKS), options)
     except UserError as error:
         return f"refused: {str(error).removeprefix('model: ')}"
     except Exception as error:

@@ -56,7 +56,7 @@ class StoredVisuals:
 
     def between(self, begin: int, end: int) -> list[tuple[Visual, Media]]:
         """Return those of a span of tokens; they count from its first token."""
-        first, last = map(int, np.searchsorted(self.begins, (begin, end)))
+        first, last = (int(np.searchsorted(self.begins, at)) for at in (begin, end))
         found = []
         for index in range(first, last):
             _, size, data = self.sizes[index].tolist()

@@ -102,7 +102,7 @@ class VisionProcessor:
         offsets, visuals, found = expanded.copy(), [], []
         for place in layout["text_replacement_offsets"][0]:
             kind, (begin, end) = place["type"], place["new_span"]
-            first, last = np.searchsorted(expanded[:, 0], (begin, end)).tolist()
+            first, last = (int(np.searchsorted(expanded[:, 0], at)) for at in (begin, end))
             offsets[last:] = expanded[last:] - (end - place["span"][1])
             offsets[first:last] = place["span"]
             number = sum(visual.kind == kind for visual in visuals)

@@ -107,11 +107,11 @@ class Encoded(NamedTuple):
             return
         ends = np.cumsum(self.lengths).tolist()
         for begin, end in zip([0, *ends], ends, strict=False):
-            columns = (self.ids, self.trained, self.teacher, self.positions)
-            ids, trained, teacher, positions = (x if x is None else x[begin:end] for x in columns)
+            columns = (self.trained, self.teacher, self.positions)
+            trained, teacher, positions = (x if x is None else x[begin:end] for x in columns)
             here = [i for i, one in enumerate(self.visuals) if begin <= one.spans[0][0] < end]
             yield Encoded(
-                ids,
+                self.ids[begin:end],
                 trained,
                 teacher=teacher,
                 visuals=tuple(self.visuals[i].at(-begin) for i in here),

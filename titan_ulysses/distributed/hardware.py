@@ -104,14 +104,16 @@ def _gpu(
     host_memory: GB/s of the host memory that the GPU has to itself.
     """
     rates = {kernel: (1e12 * a, 1e12 * b) for kernel, (a, b) in attention.items()}
-    links = (_ACHIEVED * 1e9 * one for one in (memory, host, node, network))
     return GPU(
         name,
         gib * GIB,
         1e12 * tflops,
         achieved * 1e12 * tflops,
         rates,
-        *links,
+        memory_bandwidth=_ACHIEVED * 1e9 * memory,
+        host_link=_ACHIEVED * 1e9 * host,
+        node_link=_ACHIEVED * 1e9 * node,
+        network=_ACHIEVED * 1e9 * network,
         processors=processors,
         multicast_channels=channels,
         own_host_bandwidth=_ACHIEVED * 1e9 * host_memory,

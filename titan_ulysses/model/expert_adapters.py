@@ -106,14 +106,14 @@ class AdaptedWeight:
         return getattr(self.weight, key)
 
     def __getitem__(self, experts: Any) -> AdaptedWeight:
-        parts = (x[experts] for x in (self.weight, self.left, self.right))
-        return AdaptedWeight(*parts, self.scale, self.name)
+        product = self.left[experts], self.right[experts]
+        return AdaptedWeight(self.weight[experts], *product, self.scale, self.name)
 
     def transpose(self, *dims: int) -> AdaptedWeight:
         if {dim % self.ndim for dim in dims} != {self.ndim - 2, self.ndim - 1}:
             self._refuse("transpose")
-        parts = (x.transpose(*dims) for x in (self.weight, self.right, self.left))
-        return AdaptedWeight(*parts, self.scale, self.name)
+        product = self.right.transpose(*dims), self.left.transpose(*dims)
+        return AdaptedWeight(self.weight.transpose(*dims), *product, self.scale, self.name)
 
     @classmethod
     def __torch_function__(

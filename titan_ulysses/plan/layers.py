@@ -197,7 +197,9 @@ class _Step:
         return after, self._place(layer)
 
     def _place(self, layer: int | None) -> int | None:
-        return layer - self.layers if self.is_tail(layer) else layer
+        if layer is None or not self.is_tail(layer):
+            return layer
+        return layer - self.layers
 
     def _without_layer(self, moment: Moment) -> int:
         if (found := self._names.get(id(moment))) is None:
@@ -286,10 +288,10 @@ class _Longer:
         """Return the order of periods: that of the layers in a period, or around it. In backward,
         and where the members of a list are released, the last layer is the first.
         """
-        layers = [before, *(entry.layer for entry in entries), after]
-        inside = [layer for layer in layers[1:-1] if layer != layers[1]]
-        around = [layer for layer in layers if layer is not None]
-        first, last = (layers[1], inside[-1]) if inside else (around[0], around[-1])
+        own = [entry.layer for entry in entries if entry.layer is not None]
+        inside = [layer for layer in own if layer != own[0]]
+        around = [layer for layer in (before, *own, after) if layer is not None]
+        first, last = (own[0], inside[-1]) if inside else (around[0], around[-1])
         return range(self.times)[:: 1 if first < last else -1]
 
     def _repeat(self, entry: _Entry, shift: int, partner: _Entry | None = None) -> None:
@@ -312,8 +314,8 @@ class _Longer:
                 raise _NotAlike  # each layer would release it
             of_few, of_few_change = self.few.memory.events[partner.event]
             change = self._at_all(of_few_change, change)
-            found = self._made.get((None, identity)) or self._without_number(of_few, one)
-            self._made[None, identity] = found
+            found: Allocation | None = self._made.get((None, identity))
+            found = self._made[None, identity] = found or self._without_number(of_few, one)
         else:
             if partner is not None:
                 shift_of = self._shift_of(entry, partner, layer, shift)

@@ -54,8 +54,8 @@ def timeline_of(plan: Plan) -> Timeline:
     column = np.clip(np.ceil(now / width), 1, _COLUMNS) - 1
     # The number of events before the highest moment of each column.
     totals, edges = changes.cumsum()[start - 1 :], np.arange(_COLUMNS)
-    first, end = (np.searchsorted(column, edges, side=side) for side in ("left", "right"))
-    highest = [a + int(totals[a : b + 1].argmax()) for a, b in zip(first, end, strict=True)]
+    bounds = np.stack([np.searchsorted(column, edges, side=side) for side in ("left", "right")])
+    highest = [a + int(totals[a : b + 1].argmax()) for a, b in bounds.T.tolist()]
     columns: list[Counter[str]] = [Counter() for _ in edges]
     names = np.array([one.component for one, _ in events])
     for name in dict.fromkeys(one.component for one, _ in events):

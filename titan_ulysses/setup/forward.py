@@ -101,8 +101,12 @@ class Sharding:
         with computing(ulysses.chunks):
             if self.vision is not None:
                 cut: dict[str, Any] = {"seq_len": sum(documents[0]), "chunk_tokens": chunk_tokens}
-                inputs["features"] = self.vision.encode(
-                    visuals or Visuals(), pixels, self.mesh, **cut
+                inputs["mm_encoder_outputs"] = self.vision.encode(
+                    visuals or Visuals(),
+                    pixels,
+                    self.mesh,
+                    seq_len=sum(documents[0]),
+                    chunk_tokens=chunk_tokens,
                 )
             run = self._classify if "num_documents" in inputs else self._forward
             return run(model, ulysses=ulysses, **inputs)
@@ -164,7 +168,7 @@ class Sharding:
         temperature: float = 1.0,
         loss_function: LossFunction | None = None,
         loss_inputs: dict[str, Tensor] | None = None,
-        features: dict[str, Any] | None = None,
+        **of_images: Any,
     ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast | StatisticsOutput | BaseModelOutput:
         """Run a causal LM, with the loss computed from hidden states inside the head.
 
@@ -178,13 +182,12 @@ class Sharding:
         TokenStatistics of this rank's labels, [B, T] each, with gradients. loss_function and its
         loss_inputs [B, T, ...] replace the cross-entropy: see `memory/losses.py`.
 
-        `.aux_loss` is the router loss, if there is one, and `.loss` includes it. attention_mask
-        [B, T] is 0 at padding, which the router loss does not count; it has no other effect.
+        `.aux_loss` is the router loss, if there is one, which attention_mask [B, T], 0 at padding,
+        is for; `.loss` includes it.
         """
         sums = labels is not None and reduction == "sum"
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "ulysses": ulysses}
-        if features is not None:
-            inputs["mm_encoder_outputs"] = features
+        inputs |= of_images
         own_labels = labels if sums else None
         hidden, aux_loss, count = self._decode(inputs, attention_mask, own_labels)
         head = output_layer(model)
