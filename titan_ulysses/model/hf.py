@@ -146,7 +146,7 @@ def experts_path(dtype: torch.dtype) -> str | None:
     return "batched_mm" if dtype == torch.float64 else None
 
 
-def output_layer(model: PreTrainedModel) -> nn.Module | None:
+def output_layer(model: PreTrainedModel) -> Any:
     """Return the head of a causal LM, or the layer that gives a classifier of sequences its scores.
 
     None if there is neither.

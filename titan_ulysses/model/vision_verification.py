@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from titan_ulysses.data.images import Kind, Pixels, positions_of_rows
+from titan_ulysses.data.images import Pixels, positions_of_rows
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length
 from titan_ulysses.model.pixels import ONE_PLACEHOLDER, collate

@@ -100,7 +100,6 @@ class Sharding:
         ulysses = Ulysses(sp, self.core, documents, positions, chunk_tokens, share)
         with computing(ulysses.chunks):
             if self.vision is not None:
-                cut: dict[str, Any] = {"seq_len": sum(documents[0]), "chunk_tokens": chunk_tokens}
                 inputs["mm_encoder_outputs"] = self.vision.encode(
                     visuals or Visuals(),
                     pixels,
