@@ -181,18 +181,16 @@ class Sharding:
         TokenStatistics of this rank's labels, [B, T] each, with gradients. loss_function and its
         loss_inputs [B, T, ...] replace the cross-entropy: see `memory/losses.py`.
 
-        `.aux_loss` is the router loss, if there is one, which attention_mask [B, T], 0 at padding,
-        is for; `.loss` includes it.
+        `.aux_loss`, the router loss, is in `.loss` too; attention_mask [B, T], 0 at padding, is its.
         """
         sums = labels is not None and reduction == "sum"
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "ulysses": ulysses}
-        inputs |= of_images
-        own_labels = labels if sums else None
-        hidden, aux_loss, count = self._decode(inputs, attention_mask, own_labels)
+        counted, inputs = labels if sums else None, inputs | of_images
+        hidden, aux_loss, count = self._decode(inputs, attention_mask, counted)
         head = output_layer(model)
         if (loss_function is not None or not sums) and torch.is_grad_enabled():
-            # Unlike that of the loss, the backward of logits needs the weight: FSDP has to gather
-            # it. This is not turned off again, because that backward may run after later forwards.
+            # Unlike that of the loss, the backward of logits needs the weight. This is not turned
+            # off again, because that backward may run after later forwards.
             head.set_unshard_in_backward(True)
         if reduction == "hidden":
             # By the head, because FSDP counts on a call of each module of a forward.
