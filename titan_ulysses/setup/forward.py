@@ -181,7 +181,7 @@ class Sharding:
         TokenStatistics of this rank's labels, [B, T] each, with gradients. loss_function and its
         loss_inputs [B, T, ...] replace the cross-entropy: see `memory/losses.py`.
 
-        `.aux_loss`, the router loss, is in `.loss` too; attention_mask [B, T], 0 at padding, is its.
+        `.aux_loss`, the router loss, is in `.loss` too. attention_mask, 0 at padding, is for it.
         """
         sums = labels is not None and reduction == "sum"
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "ulysses": ulysses}

@@ -225,9 +225,8 @@ def wrap(
 ) -> PreTrainedModel:
     """Apply all wrappers to a model that has passed the checks of `parallelize`, in their order.
 
-    options must have a core and concrete dtypes. store keeps the inputs of activation checkpoints
-    off the device; None leaves them there. The planner says for which device_type it wraps, if not
-    for the mesh's, and has an open_sequences of its own.
+    options must have a core and concrete dtypes. store keeps inputs of checkpoints off the device;
+    None leaves them there. The planner has its own device_type and open_sequences.
     """
     assert callable(options.attention)
     device_type = device_type or mesh.device.type
@@ -238,57 +237,62 @@ def wrap(
     streams = obstacle_to_streaming(config, options, device_type) is None
     sequences: Sequences = ON_DEVICE
     if streams and memory.stream_offload != "none":
-        check_stream_offload(model, memory.stream_offload, device_type)
-        sequences = open_sequences(memory.stream_offload, checkpoints.offload_folder, mesh.device)
-        sequences.host_reads = computes_with_embeddings(config)
+        sequences = _open_sequences(model, mesh, options, device_type, open_sequences)
     shard = partial(_shard, mesh, options)
     # All that is changed of the model, in its order: the forward of modules of this instance, and
     # by checkpoints and FSDP their class, by a subclass.
     use_attention(model, decoder)  # a config of its own, which names Ulysses attention
     use_linear_attention(blocks)  # the forward of layers that carry a state
     indexers = use_indexers(model, blocks, options.indexer)  # that of indexers; a hook on layers
-    if options.indexer != "frozen" and not indexers:
-        raise UserError(
-            f'loss.indexer = "{options.indexer}": "{model.config.model_type}" has no indexer that '
-            'chooses keys. Set it to "frozen".'
-        )
     ropes = use_document_lengths(model, blocks)  # that of rotary embeddings that read the length
     router_loss = router_loss_of(model, decoder)  # hooks on routers
     use_low_rank_products(model)  # the forward of experts' adapters
     if _tiles_mlp(options):  # the forward of MLPs and norms
-        tokens = memory.mlp_tile_tokens or automatic_mlp_tile(
+        tile = memory.mlp_tile_tokens or automatic_mlp_tile(
             config, options.param_dtype, device_type
         )
-        tile_blocks(model, decoder, blocks, tokens, norms_with_mlp=options.tile_norms_with_mlp)
+        tile_blocks(model, decoder, blocks, tile, norms_with_mlp=options.tile_norms_with_mlp)
     if options.compile.enable:  # the same, or what a tile computes
         compile_blocks(blocks)
     if streams:  # the forward of blocks
         stream_blocks(blocks, sequences, keep_attention=checkpoints.keep_attention, store=store)
     body = encoder_of(model) if has_vision(model.config) else decoder
     use_loss_head(model, body, options, device_type)  # lm_head, by a module of the same weight
-    if isinstance(sequences, SequenceStore):
-        # The forward of embedding, rotary embeddings and final norms.
+    if isinstance(sequences, SequenceStore):  # that of embedding, rotary embeddings, final norms
         offload_sequences(model, decoder, sequences)
         store = None  # the inputs of segments are off the device already
     vision = Vision(model) if body is not decoder else None
     if vision is not None:
-        checkpoint = options.checkpoint_every > 0
-        shard_towers(model, shard, dtype=options.param_dtype, checkpoint=checkpoint)
+        shard_towers(model, shard, options)
     shard_blocks(model, blocks, shard)
     if every := options.checkpoint_every:  # the class of blocks
         extra = extra_block_outputs(config)
         checkpoint_blocks(blocks, every=every, store=store, extra_outputs=extra, device=mesh.device)
     shard_root(model, shard)
     chunk_tokens = _chunk_tokens(options, mesh.sp.size(), device_type) if streams else -1
-    core = options.attention
     model.sharding = Sharding(
-        body, mesh, core, router_loss, ropes, chunk_tokens, indexers=indexers, vision=vision
+        body, mesh, options.attention, router_loss, ropes, chunk_tokens, indexers, vision
     )
     model.forward = partial(model.sharding.forward, model)
     guard(model)  # a hook, and a forward around that one
     for method, reason in _REFUSED.items():
         setattr(model, method, partial(_refuse, reason))
     return model
+
+
+def _open_sequences(
+    model: PreTrainedModel,
+    mesh: Mesh,
+    options: ParallelOptions,
+    device_type: str,
+    open_sequences: Callable[..., SequenceStore],
+) -> SequenceStore:
+    """Return the store of hidden states that options ask for. UserError if the model cannot."""
+    offload, folder = options.memory.stream_offload, options.activation_checkpoint.offload_folder
+    check_stream_offload(model, offload, device_type)
+    sequences = open_sequences(offload, folder, mesh.device)
+    sequences.host_reads = computes_with_embeddings(model.config.get_text_config())
+    return sequences
 
 
 def _chunk_tokens(options: ParallelOptions, degree: int, device_type: str) -> int:
@@ -439,12 +443,13 @@ def _cast_inputs(
 
 
 def shard_towers(
-    model: PreTrainedModel, shard: Callable[..., Any], *, dtype: torch.dtype, checkpoint: bool
+    model: PreTrainedModel, shard: Callable[..., Any], options: ParallelOptions
 ) -> None:
     """Apply FSDP2 to the blocks of the towers of a vision-language model.
 
-    checkpoint: compute the blocks again in backward, as transformers does.
+    With activation checkpoints they are computed again in backward, as transformers does it.
     """
+    dtype, checkpoint = options.param_dtype, options.checkpoint_every > 0
     for tower in towers(model):
         for block in tower_blocks(tower):
             shard(block)

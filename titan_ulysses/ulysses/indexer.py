@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.parts import visited
@@ -66,11 +67,14 @@ Training = Literal["frozen", "warmup", "joint"]
 """Whether indexers learn by their own loss (indexer_loss.py), and from which keys."""
 
 
-def use_indexers(model: nn.Module, blocks: nn.ModuleList, training: Training) -> list[Indexer]:
+def use_indexers(
+    model: PreTrainedModel, blocks: nn.ModuleList, training: Training
+) -> list[Indexer]:
     """Make the indexers in blocks choose from all tokens of the sequence, in place; return them.
 
     Frozen, the optimizer has no state for their parameters: transformers runs them without
-    gradients. In the warm-up all other parameters of the model are frozen.
+    gradients. In the warm-up all other parameters of the model are frozen. UserError if there are
+    none to train.
     """
     if training == "warmup":
         model.requires_grad_(False)
@@ -82,6 +86,11 @@ def use_indexers(model: nn.Module, blocks: nn.ModuleList, training: Training) ->
             # A layer does not hand its keywords on to its indexer.
             layer.register_forward_pre_hook(indexer.begin, with_kwargs=True)
             found.append(indexer)
+    if training != "frozen" and not found:
+        raise UserError(
+            f'loss.indexer = "{training}": "{model.config.model_type}" has no indexer that chooses '
+            'keys. Set it to "frozen".'
+        )
     return found
 
 
