@@ -235,12 +235,10 @@ def wrap(
     config = model.config.get_text_config()
     check_layers(blocks, layer_types(config), is_stateful=model._is_stateful)
     streams = obstacle_to_streaming(config, options, device_type) is None
-    sequences: Sequences = ON_DEVICE
-    if streams and memory.stream_offload != "none":
-        sequences = _open_sequences(model, mesh, options, device_type, open_sequences)
+    where = (model, mesh, options, device_type, open_sequences)
+    sequences = _open_sequences(*where) if streams else ON_DEVICE
     shard = partial(_shard, mesh, options)
-    # All that is changed of the model, in its order: the forward of modules of this instance, and
-    # by checkpoints and FSDP their class, by a subclass.
+    # All that is changed, in its order: forwards of this instance's modules, and classes of some.
     use_attention(model, decoder)  # a config of its own, which names Ulysses attention
     use_linear_attention(blocks)  # the forward of layers that carry a state
     indexers = use_indexers(model, blocks, options.indexer)  # that of indexers; a hook on layers
@@ -262,8 +260,7 @@ def wrap(
         offload_sequences(model, decoder, sequences)
         store = None  # the inputs of segments are off the device already
     vision = Vision(model) if body is not decoder else None
-    if vision is not None:
-        shard_towers(model, shard, options)
+    shard_towers(model, shard, options)
     shard_blocks(model, blocks, shard)
     if every := options.checkpoint_every:  # the class of blocks
         extra = extra_block_outputs(config)
@@ -275,8 +272,7 @@ def wrap(
     )
     model.forward = partial(model.sharding.forward, model)
     guard(model)  # a hook, and a forward around that one
-    for method, reason in _REFUSED.items():
-        setattr(model, method, partial(_refuse, reason))
+    vars(model).update({name: partial(_refuse, reason) for name, reason in _REFUSED.items()})
     return model
 
 
@@ -286,9 +282,11 @@ def _open_sequences(
     options: ParallelOptions,
     device_type: str,
     open_sequences: Callable[..., SequenceStore],
-) -> SequenceStore:
-    """Return the store of hidden states that options ask for. UserError if the model cannot."""
+) -> Sequences:
+    """Return where the hidden states are, as options ask. UserError if the model cannot."""
     offload, folder = options.memory.stream_offload, options.activation_checkpoint.offload_folder
+    if offload == "none":
+        return ON_DEVICE
     check_stream_offload(model, offload, device_type)
     sequences = open_sequences(offload, folder, mesh.device)
     sequences.host_reads = computes_with_embeddings(model.config.get_text_config())
@@ -450,7 +448,7 @@ def shard_towers(
     With activation checkpoints they are computed again in backward, as transformers does it.
     """
     dtype, checkpoint = options.param_dtype, options.checkpoint_every > 0
-    for tower in towers(model):
+    for tower in towers(model) if has_vision(model.config) else ():
         for block in tower_blocks(tower):
             shard(block)
         # Not the tower itself, by the name of whose class transformers finds its hidden states:
