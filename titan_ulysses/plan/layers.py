@@ -106,7 +106,7 @@ def _with_layers(spec: RunSpec, layers: int) -> RunSpec:
     for name, kinds in _lists_by_layer(model, model.num_hidden_layers).items():
         setattr(model, name, kinds[:layers])
     model.num_hidden_layers = layers
-    return replace(spec, model_config=model)
+    return replace(spec, model_config=model, whole_config=model)
 
 
 class _NotAlike(Exception):
