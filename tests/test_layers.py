@@ -145,7 +145,12 @@ CASES = {
 @pytest.mark.parametrize(
     "case",
     # Those with names are the hardest of what the numbers draw.
-    [*CASES, *(pytest.param(number, marks=pytest.mark.slow) for number in range(40))],
+    # The longest of the named cases is slow: those of two kinds and of adapters always run.
+    [
+        pytest.param(case, marks=[pytest.mark.slow] if case == "chunks off the device" else [])
+        for case in CASES
+    ]
+    + [pytest.param(number, marks=pytest.mark.slow) for number in range(40)],
 )
 def test_few_layers_tell_what_all_do(case):
     """To the byte and the FLOP: every event, every operation's cost, every name."""

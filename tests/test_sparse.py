@@ -319,6 +319,7 @@ def two_stages(folder: Path) -> None:
         train(folder / "run.toml", joint | {"job.name": "resumed", "training.steps": steps})
 
 
+@pytest.mark.slow  # test_every_key runs both settings, and the gradients are compared above
 def test_a_warm_up_and_a_joint_stage_by_toml(tmp_path: Path) -> None:
     write_run(tmp_path)
     run_on_ranks(2, two_stages, tmp_path)

@@ -174,6 +174,7 @@ def test_each_image_is_decoded_once_by_the_rank_that_it_is_dealt_to(material: Pa
     assert sorted(names[1] + names[2]) == sorted(names[0]) and min(map(len, names)) > 0
 
 
+@pytest.mark.slow  # decoding in a thread gives the same pixels: the two tests above
 def test_many_images_are_decoded_in_worker_processes(
     material: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
