@@ -85,6 +85,8 @@ SHORTER = {
     "scripts/bench/losses.py": "--tokens 64 128 --vocabulary 99 --tile 32 --only z-loss DPO",
     "scripts/bench/plan_accuracy.py": "--only tied",
     "scripts/bench/linear.py": "--tokens 256 512 --chunk 128",
+    "scripts/bench/sparse.py": "--ranks 1 --tokens 512 1024 --chunk 256",
+    "scripts/bench/indexer.py": "--steps 2 1 1",
     "scripts/bench/step.py": "--seq-len 512 --repeats 1",
     "scripts/bench/ablation.py": "--seq-lens 256 512 --head-seq-lens 256 512 --longest-untiled 512 "
     "--layers-seq-lens 256 512 --layers-counts 1 2",
