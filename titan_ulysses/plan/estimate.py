@@ -116,7 +116,7 @@ def _with_layers(setup: Setup, layers: int) -> Setup:
     for name, kinds in _lists_by_layer(model, model.num_hidden_layers).items():
         setattr(model, name, kinds[:layers])
     model.num_hidden_layers = layers
-    return replace(setup, spec=replace(setup.spec, model_config=model))
+    return replace(setup, spec=replace(setup.spec, model_config=model, whole_config=model))
 
 
 def _peaks(plan: Plan, *, ends: int) -> Mapping[MomentKind, float]:

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedConfig
 
 from titan_ulysses.model.families import layer_types
-from titan_ulysses.model.hf import has_vision
 from titan_ulysses.plan.attribution import Owner
 from titan_ulysses.plan.cost import Cost, Tick
 from titan_ulysses.plan.memory import Allocation, History, Moment
@@ -103,12 +102,11 @@ def _lists_by_layer(model: PreTrainedConfig, layers: int) -> dict[str, list]:
 
 def _with_layers(spec: RunSpec, layers: int) -> RunSpec:
     """Return spec for the first layers of its model."""
-    whole = copy.deepcopy(spec.whole_config)
-    model = whole.get_text_config() if has_vision(whole) else whole
+    model = copy.deepcopy(spec.model_config)
     for name, kinds in _lists_by_layer(model, model.num_hidden_layers).items():
         setattr(model, name, kinds[:layers])
     model.num_hidden_layers = layers
-    return replace(spec, model_config=model, whole_config=whole)
+    return replace(spec, model_config=model, whole_config=model)
 
 
 class _NotAlike(Exception):
