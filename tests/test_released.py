@@ -263,7 +263,7 @@ def test_training_is_that_of_the_dequantized_model(folders: Path, tmp_path: Path
     for line in (
         "4 weights are stored in mxfp4, and read as the numbers that they stand for",
         "lora.quantize_base: 4 weights of 49,152 parameters in MXFP4, 0.531 bytes each; ",
-        "parameters in FP8, 1.250 bytes each",
+        "weights of 27,776 parameters in FP8, 1.253 bytes each",
         "ignored 13 tensors that DeepseekV3ForCausalLM does not have: model.layers.2.eh_proj",
         "code that is not run: modeling_deepseek.py; an export has them as they are",
     ):
@@ -464,7 +464,7 @@ def peak_of_loading(folder: Path) -> tuple[int, int, int]:
 @pytest.mark.slow  # the bits of such a load are in test_each_rank_reads_its_rows_to_the_bit
 def test_a_rank_holds_its_shard_and_one_block(tmp_path: Path) -> None:
     """Of a folder of 1 GiB; tensors in files are mapped, and count where they are copied."""
-    sizes = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 20}
+    sizes = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 22}
     sizes |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
     model = hf.build_on_meta(hf.load_model_config("", QWEN3 | sizes), torch.bfloat16)
     tensors = {}
