@@ -286,6 +286,8 @@ MODELS = {
             LORA,
         ),
         Case("nf4", said("lora.quantize_base: 14 weights of "), LORA),
+        # This folder is not quantized: test_released.py trains those that are.
+        Case("released", refused('lora.quantize_base = "released"', "not quantized"), LORA),
     ],
     "lora.target_modules": [
         Case(
