@@ -28,6 +28,7 @@ class Data:
     """A stream of so many sequences an epoch."""
 
     source_names: tuple[str, ...] = ()
+    visual_counts: dict[str, int] = {}  # noqa: RUF012
 
     def __init__(self, sequences: Any):
         self.sequences = sequences

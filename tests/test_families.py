@@ -156,11 +156,12 @@ def sharded_of(
 ) -> Record:
     call = (kept_in_fp64, train_sharded) if keep_fp64 else (train_sharded,)
     arguments = (1, 1, degree), table, steps_of(lengths), torch.float64
-    # Both layers of a model are one segment, and the last of its five tiles is smaller.
+    # Both layers of a model are one segment, if they only hand hidden states on, and the last of
+    # its five tiles is smaller.
     return run_on_ranks(
         *(degree, *call, *arguments),
         attention=CORES.get(core, core),
-        checkpoint_every=2,
+        checkpoint_every=1 if table["model_type"] == "glm_moe_dsa" else 2,
         mlp_tile_tokens=5,
     )[0]
 

@@ -138,9 +138,6 @@ UNKNOWN = {
     "version supports: ",
     # Its config has no types of layers.
     "rwkv": "RwkvBlock (RwkvSelfAttention, RwkvFeedForward) carries a state along the sequence, ",
-    "deepseek_v32": "layers of type indexed_attention, as in DeepseekV32DecoderLayer "
-    "(DeepseekV32Attention, DeepseekV32MLP), which carry state along the sequence or choose what "
-    "to see (known are ",
 }
 
 

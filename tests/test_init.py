@@ -139,7 +139,7 @@ def test_settings_that_the_search_chooses_are_refused(model: Path) -> None:
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match='model.path = ".*absent": no transformers model there'):
+    with pytest.raises(UserError, match='model.path = ".*absent": no such folder'):
         main(["init", str(tmp_path / "absent"), "--gpus", "1xH100"])
 
 

@@ -156,7 +156,8 @@ def test_every_family_comes_back_bit_by_bit(tmp_path: Path) -> None:
             plain[name].save_pretrained(tmp_path / name, **size)
             degrees = ((1, 2, 1), (1, 1, 2))[number % 2]
             cases.append((case, tmp_path / name, tmp_path / f"{name}-back", degrees, dtype))
-    assert FAMILIES.keys() | LACKING | {"starcoder2"} == CHECKED_FAMILIES & set(CONFIG_MAPPING)
+    of_text = CHECKED_FAMILIES & set(CONFIG_MAPPING) - {"qwen3_vl"}  # that one in test_vision.py
+    assert FAMILIES.keys() | LACKING | {"starcoder2"} == of_text
     for found in run_on_ranks(2, round_trips, cases):
         assert not any(found)
     for case, source, target, *_ in cases:

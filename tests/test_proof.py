@@ -319,10 +319,6 @@ def test_a_family_that_cannot_be_made_small() -> None:
     ("table", "reason"),
     [
         (
-            {"model_type": "deepseek_v32"},
-            "layers of type indexed_attention, as in DeepseekV32DecoderLayer (",
-        ),
-        (
             {"model_type": "llama", "is_causal": False},
             "attention to later tokens (is_causal = false",
         ),

@@ -241,7 +241,7 @@ def verify(family: str) -> str:
     try:
         options = setup.ParallelOptions(attention=sdpa).resolved(torch.float32)
         config = load_model_config("", vision_model_of(family))
-        options = setup.verified(config, mesh, options, None)
+        options = setup.verified_options(config, mesh, options)
     except UserError as error:
         return str(error)
     return f"chunks {options.memory.stream_chunk_tokens}"

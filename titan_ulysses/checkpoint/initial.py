@@ -15,6 +15,7 @@ from titan_ulysses.checkpoint.manifest import Damage
 from titan_ulysses.checkpoint.state import first_difference
 from titan_ulysses.checkpoint.step_folder import RUN_FILE, read_run_file
 from titan_ulysses.checkpoint.storage import errors_of_all_ranks, open_checkpoint
+from titan_ulysses.config.paths import is_no_hub_name
 from titan_ulysses.config.schema import REFERRING, Config
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
@@ -53,7 +54,9 @@ def origin_of(config: Config) -> str:
     empty.
     """
     base = base_weights(config)
-    return base.path if base else config.model.path
+    path = base.path if base else config.model.path
+    # A run from checkpoint.initial_load_path does without the folder that its weights came from.
+    return "" if is_no_hub_name(path) and not Path(path).exists() else path
 
 
 def needs_initial_weights(config: Config, saved_steps: list[int]) -> bool:

@@ -105,6 +105,8 @@ class Origin:
 
         Files of a tokenizer are left out if the model was trained with another one.
         """
+        # A processor has a tokenizer.
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         own = tokenizer is None or Path(tokenizer.name_or_path) == Path(self.path)
         for file in self.files:
             if own or not file.name.startswith(_OF_TOKENIZERS):

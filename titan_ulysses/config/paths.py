@@ -60,6 +60,9 @@ def _is_there(path: str) -> bool:
     if "://" in path:  # looked for when it is read
         return True
     try:
-        return Path(path).exists() or next(iglob(path, recursive=True), None) is not None
+        # Megatron's files are named without their endings, as its own option takes them.
+        if Path(path).exists() or Path(f"{path}.idx").exists():
+            return True
+        return next(iglob(path, recursive=True), None) is not None
     except OSError:  # a name that is too long
         return False

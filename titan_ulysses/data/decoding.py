@@ -31,7 +31,8 @@ def open_decoder(
     vision: VisionProcessor | None, streams: Iterable[SampleStream | None]
 ) -> Decoder | None:
     """Return what decodes the images of these streams, or None if they have none."""
-    counts = sum((Counter(one.visual_counts) for one in streams if one), Counter[Kind]())
+    opened = [one for one in streams if one is not None]  # not by `if one`: some have no length
+    counts = sum((Counter(one.visual_counts) for one in opened), Counter[Kind]())
     return Decoder(vision, count=counts.total()) if counts and vision else None
 
 

@@ -19,6 +19,7 @@ from titan_ulysses.config.schema import Config
 from titan_ulysses.data.loader import Batch, Loader
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.memory.tiled import tiles
+from titan_ulysses.setup.forward import Sharding
 from titan_ulysses.train.evaluation import Best
 from titan_ulysses.train.loss import CrossEntropy, TrainingLoss
 
@@ -157,7 +158,7 @@ def train_step(
 def _indexer_losses(model: nn.Module, mesh: Mesh) -> Tensor | None:
     """Return the loss of each indexer over all ranks; None if none has been trained. Collective."""
     sharding = getattr(model, "sharding", None)
-    losses = None if sharding is None else sharding.take_indexer_losses()
+    losses = sharding.take_indexer_losses() if isinstance(sharding, Sharding) else None
     if losses is not None:
         dist.all_reduce(losses, group=mesh.loss.get_group())
     return losses

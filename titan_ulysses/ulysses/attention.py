@@ -83,7 +83,8 @@ class Extent:
             # From all heads of this rank's tokens to this rank's heads of all tokens, and back.
             q, k, v = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
             (q,), k, v = sequence_to_heads(q, k, v, plan)
-        output = _local_heads(core, q, k, v, layer, plan, mesh.get_local_rank())
+        rank = mesh.get_local_rank() if mesh.size() > 1 else 0
+        output = _local_heads(core, q, k, v, layer, plan, rank)
         heads = q.detach(), k.detach(), v.detach()
         if mesh.size() > 1:
             output = heads_to_sequence((output,), plan, mesh).to_local()
