@@ -336,12 +336,16 @@ def test_weights_that_cannot_be_loaded(how: str, message: str, tmp_path: Path) -
 
 def test_models_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for path in (tmp_path / "empty", tmp_path / "nothing"):
+    for name, why in {
+        "empty": "no transformers model there (",
+        "nothing": "no such folder",
+    }.items():
+        path = tmp_path / name
         with pytest.raises(
             UserError, match=r"Give a folder with config.json and \*.safetensors, or"
         ) as caught:
             hf.load_model_config(str(path), None)
-        assert str(caught.value).startswith(f'model.path = "{path}": no such folder')
+        assert str(caught.value).startswith(f'model.path = "{path}": {why}')
         assert "\n" not in str(caught.value)
     with pytest.raises(
         UserError,

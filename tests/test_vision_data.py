@@ -510,7 +510,7 @@ def test_damaged_videos_and_pairs_with_images(tmp_path: Path) -> None:
     whole = write_video(tmp_path / "v.mp4", frames=12).read_bytes()
     for content, why in (
         (b"", "it is empty"),
-        (b"no video at all", "it has no pictures: it is sound or text"),
+        (b"no video at all", "it is damaged or cut short ("),
         (whole[: len(whole) // 2], "it is damaged or cut short ("),
     ):
         (tmp_path / "v.mp4").write_bytes(content)
