@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from helpers.pictures import QWEN3_VL, tiny_processor, write_chats
+from helpers.meshes import SP2, Degrees
+from helpers.pictures import QWEN3_VL, picture, tiny_processor, write_chats
 from helpers.ranks import run_on_ranks
 from helpers.runs import learned, logged, refusal, train
 from titan_ulysses.config.load import load_config
@@ -187,3 +188,55 @@ def test_what_a_run_refuses(tmp_path: Path) -> None:
     assert 'chats.jsonl:1: image 1 ("' in said and "it is damaged or cut short (" in said, said
     assert 'set bad_lines = "skip"' in said
     run_on_ranks(1, train, config, {"data.bad_lines": "skip", "training.steps": 1})
+
+
+def train_sft(
+    degrees: Degrees | None, folder: str, batch: int, model_folder: str
+) -> dict[str, Any]:
+    """Train through TRL on chats with images of a column, each with its own number of images."""
+    from test_integrations import Watch, kind, quiet, settings, show
+
+    quiet()
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    cls, own = kind(SFTTrainer, degrees)
+    watch = Watch()
+    rows = [
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [*({"type": "image", "text": None} for _ in range(1 + number % 3))]
+                    + [{"type": "text", "text": "what is it? "[: 3 + number % 9]}],
+                },
+                {"role": "assistant", "content": [{"type": "text", "text": f"it is {number}"}]},
+            ],
+            "images": [picture(number + i, 16 + 8 * i, 24) for i in range(1 + number % 3)],
+        }
+        for number in range(15)
+    ]
+    arguments = settings(folder, batch, gradient_accumulation_steps=2)
+    trainer = cls(
+        model=AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32),
+        args=SFTConfig(**arguments, max_length=None, gradient_checkpointing=False),
+        train_dataset=Dataset.from_list(rows[:10]),
+        eval_dataset=Dataset.from_list(rows[10:]),
+        processing_class=AutoProcessor.from_pretrained(model_folder),
+        callbacks=[watch],
+        **own,
+    )
+    # A step is the mean over its labels, not that of the means of its micro-batches.
+    trainer.model_accepts_loss_kwargs = True
+    return show(trainer, watch)
+
+
+def test_sft_of_a_model_of_images_through_trl(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    from test_integrations import compare
+
+    write_model(tmp_path / "model")
+    more = (1, str(tmp_path / "model"))
+    (plain,) = run_on_ranks(1, train_sft, None, str(tmp_path / "one"), *more, timeout=300)
+    found = run_on_ranks(2, train_sft, SP2, str(tmp_path / "two"), *more, timeout=300)
+    compare(found, plain, exact=1e-5)

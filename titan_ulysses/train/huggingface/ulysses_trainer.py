@@ -110,6 +110,9 @@ class UlyssesTrainer(_Trainer):
         if hasattr(self, "rollout_func"):  # it draws the order of completions, seeded by rank
             set_seed(args.seed + mesh.batch.get_local_rank())
         self.ulysses_model = self._sharded(self.model)
+        if self.ulysses_model.sharding.vision is not None:
+            # Their own forward does not; the trainer would divide the loss of a step once more.
+            self.model_accepts_loss_kwargs = True
         if isinstance(getattr(self, "ref_model", None), nn.Module):
             self.ref_model.requires_grad_(False)
             self._sharded(self.ref_model)
