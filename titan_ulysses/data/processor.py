@@ -60,7 +60,7 @@ def open_vision(config: Config, model_config: PreTrainedConfig) -> VisionProcess
     )
 
 
-class Read(NamedTuple):
+class ReadChat(NamedTuple):
     """A text with images as the model reads it."""
 
     ids: np.ndarray
@@ -88,7 +88,7 @@ class VisionProcessor:
     decodes: bool = False
     """look at the pixels while the data is prepared"""
 
-    def read(self, text: str, media: tuple[Media, ...]) -> Read:
+    def read(self, text: str, media: tuple[Media, ...]) -> ReadChat:
         """Return the tokens of a text that the chat template wrote.
 
         media: those of the whole chat, of which the text has the first ones. Raise `RefusedRow` if
@@ -112,7 +112,7 @@ class VisionProcessor:
         if self._positions:
             axes = self._positions(torch.from_numpy(ids.astype(np.int64)), visuals)
             positions = axes.T.numpy().astype(np.int32)
-        return Read(ids, offsets, tuple(visuals), tuple(found), positions)
+        return ReadChat(ids, offsets, tuple(visuals), tuple(found), positions)
 
     def placeholder(self, kind: str) -> int:
         """Return the id of the token that stands for a feature row of an image or video."""

@@ -12,20 +12,14 @@ An estimate ranks settings. What is reported is simulated whole.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from math import lcm
 
-from transformers import PreTrainedConfig
-
-from titan_ulysses.model.families import layer_types
 from titan_ulysses.plan.cost import Cost
+from titan_ulysses.plan.layers import IRREGULAR, period_of, with_layers
 from titan_ulysses.plan.planner import Estimate, Plan, Setup, make_plan
-
-_IRREGULAR = ("first_k_dense_replace", "num_kv_shared_layers")
-"""Numbers of layers at one end of a model that differ from the others."""
 
 MomentKind = tuple[str, "int | str"]
 """(phase of the step, layer from the first or, if negative, from the last; else a module)"""
@@ -36,7 +30,7 @@ def estimate_plan(setup: Setup) -> Estimate:
     counts = _layers_to_simulate(setup)
     if counts is None:
         return make_plan(setup)
-    few, more = (make_plan(_with_layers(setup, count)) for count in counts)
+    few, more = (make_plan(replace(setup, spec=with_layers(setup.spec, count))) for count in counts)
     layers = setup.model_config.num_hidden_layers
     factor = (layers - counts[0]) / (counts[1] - counts[0])
 
@@ -74,10 +68,10 @@ def _layers_to_simulate(setup: Setup) -> tuple[int, int] | None:
     """
     model, checkpoint = setup.model_config, setup.config.activation_checkpoint
     layers = getattr(model, "num_hidden_layers", 0)
-    irregular = any(getattr(model, name, None) for name in _IRREGULAR)
+    irregular = any(getattr(model, name, None) for name in IRREGULAR)
     if irregular or getattr(model, "is_heterogeneous", False):
         return None
-    period = lcm(_period(model, layers), checkpoint.every if checkpoint.mode == "full" else 1)
+    period = lcm(period_of(model, layers), checkpoint.every if checkpoint.mode == "full" else 1)
     first = period * -(-(_ends(period) + 1) // period)
     return (first, first + period) if first + period < layers else None
 
@@ -89,34 +83,6 @@ def _ends(period: int) -> int:
     to the device, for which the last layer of all has none.
     """
     return max(2, period)
-
-
-def _period(model: PreTrainedConfig, layers: int) -> int:
-    """Return after how many layers the kinds of layers repeat."""
-    # Some families have no list of kinds, but places of one kind (bamba).
-    lists = [*_lists_by_layer(model, layers).values(), layer_types(model) or [""] * layers]
-    return next(
-        p
-        for p in range(1, layers + 1)
-        if all(kinds[i] == kinds[i - p] for kinds in lists for i in range(p, layers))
-    )
-
-
-def _lists_by_layer(model: PreTrainedConfig, layers: int) -> dict[str, list]:
-    return {
-        name: value
-        for name, value in vars(model).items()
-        if isinstance(value, list) and len(value) == layers
-    }
-
-
-def _with_layers(setup: Setup, layers: int) -> Setup:
-    """Return setup for the first layers of its model."""
-    model = copy.deepcopy(setup.model_config)
-    for name, kinds in _lists_by_layer(model, model.num_hidden_layers).items():
-        setattr(model, name, kinds[:layers])
-    model.num_hidden_layers = layers
-    return replace(setup, spec=replace(setup.spec, model_config=model, whole_config=model))
 
 
 def _peaks(plan: Plan, *, ends: int) -> Mapping[MomentKind, float]:

@@ -30,7 +30,7 @@ from titan_ulysses.plan.memory import Allocation, History, Moment
 from titan_ulysses.plan.simulate import Simulation, no_garbage_collection, simulate
 from titan_ulysses.setup.resolve import RunSpec
 
-_IRREGULAR = ("first_k_dense_replace", "num_kv_shared_layers")
+IRREGULAR = ("first_k_dense_replace", "num_kv_shared_layers")
 """Numbers of layers at one end of a model that differ from the others."""
 
 
@@ -39,7 +39,7 @@ def simulate_by_layers(spec: RunSpec, **options: Any) -> Simulation:
     few: Simulation | None = None
     with no_garbage_collection():
         for count in layers_to_simulate(spec):
-            more = simulate(_with_layers(spec, count), **options)
+            more = simulate(with_layers(spec, count), **options)
             try:
                 if few is not None:
                     return _Longer(spec, few, more).simulation()
@@ -59,10 +59,10 @@ def layers_to_simulate(spec: RunSpec) -> list[int]:
     """
     model = spec.model_config
     layers = getattr(model, "num_hidden_layers", 0)
-    irregular = any(getattr(model, name, None) for name in _IRREGULAR)
+    irregular = any(getattr(model, name, None) for name in IRREGULAR)
     if irregular or getattr(model, "is_heterogeneous", False) or spec.frozen is not None:
         return []
-    every, period = _every(spec), _period_of(spec)
+    every, period = _every(spec), _whole_period(spec)
     least = max(3 * every, period)
     few = least + (layers - least) % period  # as many are left over as in the whole model
     counts = [few, few + period] + [few + 2 * period] * (period > every)
@@ -76,12 +76,12 @@ def _every(spec: RunSpec) -> int:
     return checkpoint.every if checkpoint.mode == "full" else 1
 
 
-def _period_of(spec: RunSpec) -> int:
+def _whole_period(spec: RunSpec) -> int:
     model = spec.model_config
-    return lcm(_period(model, model.num_hidden_layers), _every(spec))
+    return lcm(period_of(model, model.num_hidden_layers), _every(spec))
 
 
-def _period(model: PreTrainedConfig, layers: int) -> int:
+def period_of(model: PreTrainedConfig, layers: int) -> int:
     """Return after how many layers the kinds of layers repeat."""
     # Some families have no list of kinds, but places of one kind (bamba).
     lists = [*_lists_by_layer(model, layers).values(), layer_types(model) or [""] * layers]
@@ -100,7 +100,7 @@ def _lists_by_layer(model: PreTrainedConfig, layers: int) -> dict[str, list]:
     }
 
 
-def _with_layers(spec: RunSpec, layers: int) -> RunSpec:
+def with_layers(spec: RunSpec, layers: int) -> RunSpec:
     """Return spec for the first layers of its model."""
     model = copy.deepcopy(spec.model_config)
     for name, kinds in _lists_by_layer(model, model.num_hidden_layers).items():
