@@ -32,8 +32,8 @@ from titan_ulysses.ulysses.tiles import Merged
 
 pytestmark = pytest.mark.skipif("deepseek_v32" not in FAMILIES, reason="transformers is too old")
 
-SEEN = 4
-"""Keys that a query of the tiny models reads."""
+SEEN, EVERY = 4, 1000
+"""Keys that a query of the tiny models reads, and as many as no document has."""
 LENGTHS = [(20, 3, 1, 24), (6, 30, 12)]
 """Documents longer than that, as long, shorter, of one token."""
 
@@ -142,6 +142,7 @@ def plain(family: str) -> Record:
     return kept_in_fp64(train_plain, model_of(family), steps(), torch.float64)
 
 
+WHOLE = {"stream_chunk_tokens": -1, "checkpoint_every": 1}
 STREAMED = {"stream_chunk_tokens": 14, "checkpoint_every": 1}
 OFF_DEVICE = {"stream_chunk_tokens": 9, "checkpoint_every": 1, "stream_offload": "host"}
 CASES: list[tuple[str, tuple[int, int, int], dict[str, Any]]] = [
@@ -152,7 +153,7 @@ SWEEP = [
     for family in ("deepseek_v32", "glm_moe_dsa", *VERIFIED)
     if family in CONFIG_MAPPING
     for mesh in ((1, 1, 1), (1, 1, 2), (1, 1, 3), (1, 1, 4), (1, 2, 2))
-    for options in ({"checkpoint_every": 1, "stream_chunk_tokens": -1}, STREAMED, OFF_DEVICE)
+    for options in (WHOLE, STREAMED, OFF_DEVICE)
 ]
 BOUNDS = {"hy_v4": 5e-11}
 """8e-12 to 1e-11: its hyper-connections amplify rounding."""
@@ -254,37 +255,37 @@ def watch_indexers_alone(plain: PreTrainedModel) -> None:
 
 
 @lru_cache
-def plain_trained(family: str, training: str) -> Record:
-    table, fill = model_of(family), watch
-    if training == "warmup":
-        table, fill = table | {"index_topk": 1000}, watch_indexers_alone  # all keys
+def plain_trained(family: str, training: str, count: int) -> Record:
+    fill = watch_indexers_alone if training == "warmup" else watch
+    table = model_of(family) | {"index_topk": EVERY if training == "warmup" else count}
     arguments = train_plain, table, steps(), torch.float64
     return kept_in_fp64(*arguments, fill=fill, more=divergence)
 
 
 @pytest.mark.parametrize(
-    ("family", "mesh", "options", "training"),
+    ("family", "mesh", "options", "training", "count"),
     [
-        ("deepseek_v32", (1, 1, 2), {"checkpoint_every": 1, "stream_chunk_tokens": -1}, "joint"),
-        ("glm_moe_dsa", (1, 1, 3), OFF_DEVICE, "joint"),
-        ("deepseek_v32", (1, 2, 2), STREAMED, "warmup"),
-        ("deepseek_v32", (1, 1, 3), {"checkpoint_every": 1, "stream_chunk_tokens": -1}, "warmup"),
+        ("deepseek_v32", (1, 1, 2), WHOLE, "joint", SEEN),
+        ("deepseek_v32", (1, 1, 3), WHOLE, "joint", EVERY),
+        ("glm_moe_dsa", (1, 1, 3), OFF_DEVICE, "joint", SEEN),
+        ("deepseek_v32", (1, 2, 2), STREAMED, "warmup", SEEN),
     ]
     + [
-        pytest.param(*case, training, marks=pytest.mark.slow)
+        pytest.param(*case, training, SEEN, marks=pytest.mark.slow)
         for case in SWEEP
         if case[0] in ("deepseek_v32", "glm_moe_dsa")
         for training in ("warmup", "joint")
     ],
 )
 def test_trained_indexers(
-    family: str, mesh: tuple[int, int, int], options: dict[str, Any], training: str
+    family: str, mesh: tuple[int, int, int], options: dict[str, Any], training: str, count: int
 ) -> None:
     """Every gradient, of indexers and of the others, is that of dense scores in one process."""
-    arguments = train_sharded, mesh, model_of(family), steps(), torch.float64
+    table = model_of(family) | {"index_topk": count}
+    arguments = train_sharded, mesh, table, steps(), torch.float64
     options = options | {"attention": "sdpa", "indexer": training}
     found = run_on_ranks(math.prod(mesh), kept_in_fp64, *arguments, **options)[0]
-    expected = plain_trained(family, training)
+    expected = plain_trained(family, training, count)
     trained = [".indexer." in name for name in expected.gradients[0]]
     assert any(trained) and all(trained) == (training == "warmup")
     worst = largest_difference(found, expected)

@@ -7,7 +7,7 @@ For the query at token t and each earlier key s of its document an indexer compu
 
 with few numbers: H small heads of queries, and one key per token, which all of them share. The
 query then attends to the K keys with the largest I (`index_topk`; sparse.py). Where no document is
-longer than K all keys are chosen, so neither the indexer nor the sparse core runs.
+longer than K all keys are chosen, so the sparse core does not run, and the indexer only to learn.
 
 The module stays unmodified. Its own forward makes the queries, keys and weights of this rank's
 tokens, whatever its RoPE and norms are: it is called with a cache of no keys, and a look at its
@@ -127,7 +127,7 @@ class Indexer:
         extent, mesh, count = ulysses.extent, ulysses.mesh, self.module.index_topk
         trains = self.training != "frozen" and torch.is_grad_enabled()
         is_dense = self.training == "warmup" or max(map(max, ulysses.documents)) <= count
-        if is_dense and self.training != "warmup":
+        if is_dense and self.training == "frozen":
             return hidden.new_empty(*hidden.shape[:2], 0, dtype=torch.int32)
         cache, seen = _NoKeys(), _Products()
         forward = type(self.module).forward
