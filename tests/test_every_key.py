@@ -761,6 +761,14 @@ OPTIMIZER = {
         Case(1e-2, logs("lr", [1e-2, 1e-3])),
         Case(0.0, lambda run, _: run.moved() == 0),
     ],
+    "optimizer.lr_factors": [
+        Case(
+            {"model.norm.weight": 1e-9, "*.mlp.*": 3.0},
+            lambda run, default: (
+                run.moved() > default.moved() and "model.norm.weight" in run.kept()
+            ),
+        )
+    ],
     "optimizer.betas": [
         # The first update does not depend on them.
         Case(

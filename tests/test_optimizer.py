@@ -37,8 +37,9 @@ from titan_ulysses.optim.adamw import (
     check_shards,
     describe_state,
     state_bytes,
+    state_format,
 )
-from titan_ulysses.optim.optimizer import build_optimizer
+from titan_ulysses.optim.optimizer import build_optimizer, set_learning_rate
 from titan_ulysses.train.step import clip_gradients
 
 # On one rank all matrices are large enough to be quantized; on two those of the attention are not,
@@ -231,6 +232,32 @@ def check_compiled_step(settings: dict[str, Any]) -> None:
     # Compiled code draws other numbers: with stochastic rounding, a unit in the last place.
     bound = 0.04 if config.stochastic_rounding else 1e-6
     assert all((a - b).abs().max() < bound for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon"])
+def test_learning_rates_of_some_parameters(name: str) -> None:
+    """A parameter moves as if all had its learning rate; the last pattern that matches counts."""
+    lr = 2**-7
+    factors = {"?.*": 8.0, "0.weight": 2.0}
+
+    def moved(lr: float, factors: dict[str, float]) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.LayerNorm(64))
+        model.get_input_embeddings = model.get_output_embeddings = lambda: None
+        optimizer = build_optimizer(model, Optimizer(name=name, lr=lr, lr_factors=factors))
+        assert state_format(optimizer) == name
+        set_learning_rate(optimizer, lr)
+        model(torch.randn(8, 64)).square().sum().backward()
+        optimizer.step()
+        return {name: p.detach() for name, p in model.named_parameters()}
+
+    found, twice, eightfold = moved(lr, factors), moved(2 * lr, {}), moved(8 * lr, {})
+    for key, value in found.items():
+        assert torch.equal(value, (twice if key == "0.weight" else eightfold)[key]), key
+    with pytest.raises(
+        UserError, match=r"optimizer\.lr_factors = .*\*\.wieght.* matches no trained"
+    ):
+        moved(lr, {"*.wieght": 2.0})
 
 
 def losses(optimizer: str, steps: int, **options: Any) -> list[float]:

@@ -729,6 +729,10 @@ class Optimizer(Section):
     """
     lr: float = Field(3e-4, ge=0, le=1e40)
     """Peak learning rate. muon scales its updates so that the value for AdamW fits."""
+    lr_factors: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = {}
+    """Factors of lr for some parameters, by patterns of their names, as in {"*.indexer.*" = 10.0}.
+    Of several patterns that match a name the last one counts.
+    """
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay rates of the two moments."""
     eps: float = Field(1e-8, gt=0, le=1.0)

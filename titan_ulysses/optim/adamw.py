@@ -113,10 +113,10 @@ class ShardwiseAdamW(torch.optim.Optimizer):
             if self.stochastic_rounding:
                 devices = (p.device for group in self.param_groups for p in group["params"])
                 stack.enter_context(forked_rng(devices))
-            for group in self.param_groups:
-                for index, p in enumerate(group["params"]):
-                    if p.grad is not None:
-                        self._step_shard(p, group, index)
+            pairs = ((p, group) for group in self.param_groups for p in group["params"])
+            for index, (p, group) in enumerate(pairs):
+                if p.grad is not None:
+                    self._step_shard(p, group, index)
 
     def _step_shard(self, p: nn.Parameter, group: dict[str, Any], index: int) -> None:
         state = self.state[p]
@@ -278,7 +278,7 @@ def state_format(optimizer: torch.optim.Optimizer) -> str:
     A checkpoint with state of one format cannot be loaded by an optimizer with another.
     """
     bits = getattr(optimizer, "bits", 32)
-    if momentum_of(optimizer.param_groups[0]):
+    if any(map(momentum_of, optimizer.param_groups)):
         return "muon"
     return next((name for name, its_bits in BITS.items() if its_bits == bits), "adamw")
 

@@ -278,7 +278,7 @@ class _Rank:
         offload = self.on_gpu and memory.optimizer_offload and not memory.parameter_offload
         optimizer = build_optimizer(
             model,
-            self.config.optimizer,
+            self.config.optimizer.model_copy(update={"lr_factors": {}}),  # names of all layers
             offload=offload,
             skips=self.config.training.skip_nonfinite > 0,
             device_type="cuda" if self.on_gpu else "cpu",

@@ -42,7 +42,7 @@ from titan_ulysses.observability.progress import BlockWork, Progress, shows
 from titan_ulysses.observability.run_page import last_numbers, write_run_page
 from titan_ulysses.observability.run_pictures import read_runs
 from titan_ulysses.optim.adamw import describe_state
-from titan_ulysses.optim.optimizer import build_optimizer
+from titan_ulysses.optim.optimizer import build_optimizer, set_learning_rate
 from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.resolve import RunSpec, check_machine, resolve
@@ -357,8 +357,7 @@ class Trainer:
     def _step(self, batches: list[Batch], lr: float) -> StepMetrics:
         """Make a step, and note its numbers. The first one also ends the start of the run."""
         state, config = self.state, self.config.training
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(state.optimizer, lr)
         state.optimizer.steps_before = state.step
         # Every step calls the same collectives. It is enough to count those of the first one, which
         # is slow anyway.
