@@ -147,17 +147,21 @@ def test_the_library_trains_as_transformers_does(options, moments, degrees) -> N
     assert not what_is_wrong(found, expected(), within=1e-10)
 
 
-# In fp32 experts are grouped products, in fp64 batched ones. Recurrences are in fp32 in both.
-RECURRENT = ("qwen3_next", "granitemoehybrid", "nemotron_h")
-LAYERS = (*RECURRENT, "lfm2", "qwen3_moe", "gpt_oss")
+# In fp32 experts are grouped products, in fp64 batched ones. Recurrences and the scores of keys and
+# experts are in fp32 in both.
+IN_FP32 = ("qwen3_next", "granitemoehybrid", "nemotron_h", "deepseek_v32")
+LAYERS = (*IN_FP32, "lfm2", "qwen3_moe", "gpt_oss")
 
 
 def _layers() -> list[Any]:
-    """A recurrence, experts by groups, and a chunk that needs the state of the one before."""
+    """A recurrence, experts by groups, a chunk that needs the state of the one before, and keys
+    that are chosen.
+    """
     quick = [
         ("qwen3_next", torch.float32, "plain", SP2),
         ("granitemoehybrid", torch.float64, "streamed, host", ONE),
         ("lfm2", torch.float64, "streamed, host", SP2),
+        ("deepseek_v32", torch.float64, "streamed, host", SP2),
     ]
     return [
         pytest.param(
@@ -175,7 +179,7 @@ def test_layers_with_states_and_experts(family: str, dtype, options: str, degree
     found = run_on_ranks(
         prod(degrees), on_device, "random", 1, train_sharded, degrees, *inputs, **LIBRARY[options]
     )
-    exact = dtype == torch.float64 and family not in RECURRENT
+    exact = dtype == torch.float64 and family not in IN_FP32
     assert not what_is_wrong(found, train_plain(*inputs), within=1e-10 if exact else 1e-4)
 
 

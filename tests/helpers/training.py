@@ -284,7 +284,7 @@ def largest_difference(found: Record, expected: Record) -> dict[str, float]:
     def note(what: str, a, b) -> None:
         a, b = torch.as_tensor(a), torch.as_tensor(b)
         assert a.shape == b.shape, (what, a.shape, b.shape)
-        ratio = (a - b).abs().max() / b.abs().max().clamp(min=1e-300)
+        ratio = (a - b).abs().max() / b.abs().max().clamp(min=torch.finfo(b.dtype).tiny)
         difference = ratio.nan_to_num(nan=torch.inf, posinf=torch.inf).item()
         worst[what] = max(worst.get(what, 0.0), difference)
 
