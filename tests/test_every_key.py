@@ -559,6 +559,7 @@ LOSS = {
                 ("orpo", "ORPO", ", without a reference"),
             )
         ),
+        Case("reward", said("loss: Bradley-Terry of pairs of completions"), PAIRS),
         Case("kto", said("loss: KTO of completions, each good or bad, beta 0.1"), JUDGED),
         Case("distillation", said("loss: 1 of the divergence from "), TEACHER),
     ],
@@ -579,6 +580,13 @@ LOSS = {
             2.0,
             lambda run, default: losses(run)[0] > losses(default)[0],
             PAIRS | {"loss.name": "simpo"},
+        )
+    ],
+    "loss.center_rewards_coefficient": [
+        Case(
+            0.5,
+            lambda run, default: losses(run)[0] > losses(default)[0],
+            PAIRS | {"loss.name": "reward"},
         )
     ],
     "loss.desirable_weight": [

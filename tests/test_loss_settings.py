@@ -196,8 +196,8 @@ def encoded(*texts: str, ends: bool = True) -> Tensor:
 Step = Callable[[PreTrainedModel], tuple[Tensor, dict[str, float]]]
 
 
-def train_plainly(material: Path, step_loss: Step) -> Trained:
-    model = AutoModelForCausalLM.from_pretrained(material / "start", dtype=torch.float64)
+def train_plainly(material: Path, step_loss: Step, model: PreTrainedModel | None = None) -> Trained:
+    model = model or AutoModelForCausalLM.from_pretrained(material / "start", dtype=torch.float64)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LR, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1
     )
@@ -393,7 +393,7 @@ def test_named_sets_of_pairs(material: Path, tmp_path: Path) -> None:
     texts = [{**sets[0], "source": "text"}]
     config = load_config_of({"model.config": TINY} | wanted | {"validation.sets": texts})
     problems = "\n".join(problems_of(config))
-    assert 'with validation.sets[0].source = "text": dpo, ipo, simpo and orpo' in problems
+    assert 'with validation.sets[0].source = "text": dpo, ipo, simpo, orpo and reward' in problems
 
 
 @pytest.mark.parametrize("loss", [dpo, distillation])
@@ -462,6 +462,7 @@ def nested(wanted: Settings) -> dict[str, Any]:
         (dpo, {"loss.reference": "./nowhere"}, ['loss.reference = "./nowhere"']),
         (dpo, {"loss.reference": "$MATERIAL/small"}, ["its vocab_size is 99", "model's is 260"]),
         (dpo, {"loss.reference": "$MATERIAL/short"}, ["it has 8 positions"]),
+        (dpo, {"loss.name": "reward", "lora.rank": 4}, ["is no adapter", "lora.rank = 0"]),
         (dpo, {"training.seq_len": 24}, ["longer than training.seq_len = 24", '"drop"']),
     ],
 )

@@ -13,7 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from helpers.meshes import DP2_SP2, SP2, Degrees
 from helpers.ranks import run_on_ranks
@@ -33,6 +37,7 @@ from test_loss_settings import (
     train_plainly,
     write_material,
 )
+from titan_ulysses.checkpoint.convert import to_safetensors
 from titan_ulysses.data.tokenizer import load_tokenizer
 
 BETA, GAMMA, SMOOTHING = 0.3, 0.7, 0.2
@@ -41,7 +46,8 @@ JUDGED = [
     {"prompt": row["prompt"], "completion": row["chosen" if good else "rejected"], "label": good}
     for row, good in zip(PAIRS, (True, False, True, True, False, True), strict=True)
 ]
-LOSSES = ("cross_entropy", "dpo", "ipo", "simpo", "orpo", "kto")
+LOSSES = ("cross_entropy", "dpo", "ipo", "simpo", "orpo", "kto", "reward")
+CENTER = 0.1
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +57,13 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(folder: Path) -> Path:
     write_material(folder)
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        folder / "start", num_labels=1, pad_token_id=0, dtype=torch.float64
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(9)
+        plain.score.weight.data.normal_(std=0.3)
+    plain.save_pretrained(folder / "scores")
     (folder / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in JUDGED))
     return folder
 
@@ -60,11 +73,11 @@ def wanted(material: Path, loss: str) -> Settings:
     if loss == "cross_entropy":
         data = {"data.source": "jsonl", "data.path": f"{material}/texts.jsonl"}
         return found | data | {"loss.label_smoothing": SMOOTHING}
-    found |= {
-        "loss.beta": BETA,
-        "data.source": "preference",
-        "data.path": f"{material}/pairs.jsonl",
-    }
+    found |= {"data.source": "preference", "data.path": f"{material}/pairs.jsonl"}
+    if loss == "reward":
+        center = {"loss.center_rewards_coefficient": CENTER}
+        return found | center | {"model.path": f"{material}/scores"}
+    found["loss.beta"] = BETA
     if loss == "kto":
         found |= {"data.source": "unpaired", "data.path": f"{material}/judged.jsonl"}
         found |= {"loss.desirable_weight": WEIGHTS[0], "loss.undesirable_weight": WEIGHTS[1]}
@@ -84,6 +97,15 @@ def of_completion(model: PreTrainedModel, prompt: str, completion: str) -> tuple
     each = model(ids[None, :-1], use_cache=False).logits[0].log_softmax(-1)
     each = each.gather(1, ids[1:, None]).flatten()
     return each[len(prompt) - 1 :], each
+
+
+def reward_step(model: PreTrainedModel) -> tuple[Tensor, dict[str, float]]:
+    chosen, rejected = (
+        torch.stack([model(encoded(row["prompt"], row[name])[None]).logits[0, 0] for row in PAIRS])
+        for name in ("chosen", "rejected")
+    )
+    loss = -F.logsigmoid(chosen - rejected) + CENTER * (chosen + rejected) ** 2
+    return loss.mean(), rewards_of([*chosen], [*rejected])
 
 
 def rewards_of(chosen: list[Tensor], rejected: list[Tensor]) -> dict[str, float]:
@@ -157,7 +179,11 @@ def plain_step(loss: str, reference: PreTrainedModel) -> Callable[..., Any]:
 
 def train_all_plainly(material: Path) -> dict[str, Trained]:
     reference = AutoModelForCausalLM.from_pretrained(material / "other", dtype=torch.float64)
-    return {loss: train_plainly(material, plain_step(loss, reference)) for loss in LOSSES}
+    found = {loss: train_plainly(material, plain_step(loss, reference)) for loss in LOSSES[:-1]}
+    model = AutoModelForSequenceClassification.from_pretrained(
+        material / "scores", dtype=torch.float64
+    )
+    return found | {"reward": train_plainly(material, reward_step, model)}
 
 
 def train_all(
@@ -208,6 +234,24 @@ def test_every_loss_is_that_of_plain_transformers(
     assert plain["kto"].rewards[-1]["kl"] > 0
 
 
+def test_a_reward_model_begins_with_a_language_model(material: Path, tmp_path: Path) -> None:
+    """Its export and what is made of its checkpoint open as a classifier with what was trained."""
+    own = {"model.path": f"{material}/start", "checkpoint.enable": True, "checkpoint.export": True}
+    more = WHOLE | own | {"job.dump_folder": str(tmp_path / "reward")}
+    found = run_on_ranks(2, train_all, tmp_path, material, more, SP2, ("reward",))[0]["reward"]
+    run = tmp_path / "reward" / "run"
+    assert found.parameters["score.weight"].abs().max() > 1e-3
+    to_safetensors(run / f"checkpoints/step-{STEPS}", tmp_path / "converted", None)
+    for folder in (run / "export", tmp_path / "converted"):
+        opened, said = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float64, output_loading_info=True
+        )
+        assert opened.config.num_labels == 1 and not any(said.values())
+        own = dict(opened.named_parameters())
+        assert own.keys() == found.parameters.keys()
+        assert all(torch.equal(own[name], x) for name, x in found.parameters.items())
+
+
 # --- TRL ------------------------------------------------------------------------------------------
 
 
@@ -215,7 +259,7 @@ def through_trl(material: Path, folder: str, loss: str) -> dict[str, Any]:
     """All rows in each step of a trainer of TRL, in one process."""
     quiet()
     from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
     from trl.experimental.cpo import CPOConfig, CPOTrainer
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -226,6 +270,7 @@ def through_trl(material: Path, folder: str, loss: str) -> dict[str, Any]:
         "simpo": (CPOTrainer, CPOConfig, {"loss_type": "simpo", "simpo_gamma": GAMMA}),
         "orpo": (ORPOTrainer, ORPOConfig, {}),
         "kto": (KTOTrainer, KTOConfig, {"train_sampling_strategy": "sequential"}),
+        "reward": (RewardTrainer, RewardConfig, {"center_rewards_coefficient": CENTER}),
     }
     trainer_class, config_class, own = trainers[loss]
     if loss == "simpo":
@@ -235,13 +280,18 @@ def through_trl(material: Path, folder: str, loss: str) -> dict[str, Any]:
     batch = 1 if loss == "dpo" else len(PAIRS)
     own |= {"gradient_accumulation_steps": len(PAIRS) // batch, "learning_rate": LR}
     own |= {"lr_scheduler_type": "constant", "optim": "adamw_torch", "adam_beta2": 0.95}
-    own |= {"adam_epsilon": 1e-6, "beta": BETA, "max_length": 64, "max_steps": STEPS}
+    own |= {"adam_epsilon": 1e-6, "max_length": 64, "max_steps": STEPS}
+    own |= {} if loss == "reward" else {"beta": BETA}
     names = ["start", "other"] if loss in ("dpo", "ipo", "kto") else ["start"]
-    models = [
-        AutoModelForCausalLM.from_pretrained(material / name, dtype=torch.float64) for name in names
-    ]
+    auto, names = (
+        (AutoModelForSequenceClassification, ["scores"])
+        if loss == "reward"
+        else (AutoModelForCausalLM, names)
+    )
+    models = [auto.from_pretrained(material / name, dtype=torch.float64) for name in names]
     watch, tokenizer = Watch(), load_tokenizer("bytes")
-    tokenizer.pad_token = tokenizer.eos_token
+    # Rewards are those of the last token that is no padding.
+    tokenizer.pad_token_id = 0 if loss == "reward" else tokenizer.eos_token_id
     # TRL's KTO takes the completion of the row before, and train.py of the row after.
     rows = JUDGED[::-1] if loss == "kto" else PAIRS
     trainer = trainer_class(
@@ -272,6 +322,10 @@ def test_every_loss_is_that_of_trl(material: Path, tmp_path: Path) -> None:
             assert found.losses[step] == pytest.approx(log["loss"], rel=1e-5, abs=1e-6), loss
             assert found.norms[step] == pytest.approx(log["grad_norm"], rel=1e-5), loss
             for name, value in found.rewards[step].items():
+                if loss == "reward":  # it logs no others of these
+                    log |= {"rewards/accuracies": log["accuracy"], "rewards/margins": log["margin"]}
+                    if name in ("chosen", "rejected"):
+                        continue
                 key = "kl" if name == "kl" else f"rewards/{name}"
                 assert value == pytest.approx(log[key], rel=1e-5, abs=2e-6), (loss, name)
         gradients = zip(found.gradients, expected[loss]["gradients"], strict=True)

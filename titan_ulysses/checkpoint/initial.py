@@ -88,9 +88,16 @@ def initialize(model: PreTrainedModel, config: Config) -> str | None:
     initial, seed, note = config.checkpoint.initial_load_path, config.training.seed, None
     if base := base_weights(config):
         growing = token_parameters(model) if config.model.resize_embeddings else ()
-        loaded = weights.load(model, base.path, setting=base.setting, growing=growing)
+        # A language model has none of the layer that gives a reward model its scores.
+        optional = ("score.weight",) if hf.classifies(model) else ()
+        loaded = weights.load(
+            model, base.path, setting=base.setting, growing=growing, optional=optional
+        )
         fill_new_rows(model, loaded.fewer_rows, seed)
         lines = loaded.said.splitlines()
+        if loaded.absent:
+            hf.initialize(model, seed, only=model.score)
+            lines.append("it has no score.weight, which begins with random numbers")
         note = "\n".join(f'{base.setting} = "{base.path}": {line}' for line in lines) or None
     else:
         hf.initialize(model, seed)

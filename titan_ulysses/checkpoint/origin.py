@@ -56,7 +56,8 @@ class Origin:
     def of(cls, path: str, layout: Layout, stored: Stored | None = None) -> Origin:
         """Open the folder or hub name `path`. Raise `UserError` if there are no weights."""
         stored = stored or find(path)
-        rest = layout.reads(stored.names)[1]
+        # Heads of language models, and what belongs to them, have no place in a classifier.
+        rest = [] if hf.classifies(layout.plain) else layout.reads(stored.names)[1]
         if stored.quantization:  # without scales of what is computed, such as keys and values
             rest = [name for name in rest if not name.endswith("_scale")]
         return cls(path, layout, stored, rest)
@@ -117,7 +118,7 @@ class Origin:
         """The config of the multi-modal model of which the model is the text part, with the model's
         own config as that of its text; None if it is no part.
         """
-        if not (self.stored.folder / CONFIG_FILE).is_file():
+        if hf.classifies(self.layout.plain) or not (self.stored.folder / CONFIG_FILE).is_file():
             return None
         whole = hf.load_model_config(str(self.stored.folder), None)
         text, own = text_part(whole), copy.deepcopy(self.layout.plain.config)

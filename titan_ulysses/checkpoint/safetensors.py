@@ -67,6 +67,8 @@ class Loaded(NamedTuple):
     """Names of tensors in the files that the model does not have."""
     fewer_rows: dict[str, int]
     """For each growing parameter with fewer rows in the files than in the model: that number."""
+    absent: list[str]
+    """Names of optional parameters that are not in the files."""
     said: str
     """Lines about weights that are quantized in the files, and what the model lacks; may be empty.
     """
@@ -74,7 +76,12 @@ class Loaded(NamedTuple):
 
 @torch.no_grad()
 def load(
-    model: PreTrainedModel, path: str, *, setting: str = "model.path", growing: Collection[str] = ()
+    model: PreTrainedModel,
+    path: str,
+    *,
+    setting: str = "model.path",
+    growing: Collection[str] = (),
+    optional: Collection[str] = (),
 ) -> Loaded:
     """Fill a sharded model from the safetensors at path. Collective if there is a process group.
 
@@ -83,15 +90,18 @@ def load(
     anything else is read whole, one tensor at a time. Persistent buffers are filled too.
 
     growing: names of parameters that may have fewer rows in the files; only those rows are filled.
-    Raise `UserError` if tensors of the model are missing in the files or have another shape, or if
-    a run has exported the files, and they are not what it wrote.
+    optional: names of those that may be missing in the files, and then are not filled. Raise
+    `UserError` if tensors of the model are missing in the files or have another shape, or if a run
+    has exported the files, and they are not what it wrote.
     """
     stored, where = find(path, setting=setting), f'{setting} = "{path}"'
     expect_as_exported(stored.files, where)
     layout, state = Layout(model), hf.state_of(model)
     reads, unknown = layout.reads(stored.names)
     growing = {layout.main[name] for name in growing}
-    found = _check_complete(layout, reads, stored, hf.class_name(model), where, growing=growing)
+    found = _check_complete(
+        layout, reads, stored, hf.class_name(model), where, growing=growing, optional=optional
+    )
     for get, read in opened(reads, stored):
         _expect_form(read, state.get(read.target), get, where)
     made = {read.target for read in reads}
@@ -113,7 +123,8 @@ def load(
         )
     rows = {name: len(found[name][1]) for name in growing}
     fewer = {name: count for name, count in rows.items() if count < len(state[name])}
-    return Loaded(unknown, fewer, Origin.of(path, layout, stored).describe())
+    absent = [name for name in optional if name not in found]
+    return Loaded(unknown, fewer, absent, Origin.of(path, layout, stored).describe())
 
 
 def open_folder(
@@ -146,6 +157,7 @@ def _check_complete(
     where: str,
     *,
     growing: Collection[str] = (),
+    optional: Collection[str] = (),
 ) -> dict[str, tuple[Read, Tensor]]:
     """Return, by main name, how each tensor of the model is read, and the tensor without data.
 
@@ -167,6 +179,7 @@ def _check_complete(
         name
         for name, tensor in layout.state.items()
         if layout.main[name] == name
+        and not (name in optional and name not in found)
         and not (name in found and _fits(found[name][1], tensor, grows=name in growing))
     ]
     if wrong:
@@ -285,8 +298,10 @@ def _slices(tensor: Tensor) -> tuple[slice, ...]:
 def keep_generation_config(model: PreTrainedModel, path: str) -> None:
     """Set the model's generation config to that at path (a folder or hub name), for `export`.
 
-    Raise `UserError` if there is one that cannot be used.
+    A classifier has none. Raise `UserError` if there is one that cannot be used.
     """
+    if hf.classifies(model):
+        return
     try:
         model.generation_config = GenerationConfig.from_pretrained(path)
     except Exception as error:  # transformers raises whatever its classes raise

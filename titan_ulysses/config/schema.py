@@ -56,15 +56,16 @@ _PACKED = (
 )
 MOST_STEPS = 10**9
 """More than any run takes."""
-PAIRED = ("dpo", "ipo", "simpo", "orpo")
+PAIRED = ("dpo", "ipo", "simpo", "orpo", "reward")
 """Losses of pairs of completions."""
 PREFERENCES = (*PAIRED, "kto")
 """Losses of whole completions."""
+_WITH_BETA = tuple(name for name in PREFERENCES if name != "reward")
 REFERRING = ("dpo", "ipo", "kto")
 """Those that compare the model with a frozen reference."""
 _PAIRS = (
-    "{other} with {this}: dpo, ipo, simpo and orpo, and nothing else, are trained on pairs of "
-    'completions. Set loss.name to one of them and {name} = "preference", or neither'
+    "{other} with {this}: dpo, ipo, simpo, orpo and reward, and nothing else, are trained on pairs "
+    'of completions. Set loss.name to one of them and {name} = "preference", or neither'
 )
 _JUDGED = (
     "{other} with {this}: KTO, and nothing else, is trained on completions with a label. Set both "
@@ -528,23 +529,34 @@ class Training(Section):
 
 
 class Loss(Section):
-    name: Literal["cross_entropy", "dpo", "ipo", "simpo", "orpo", "kto", "distillation"] = (
-        "cross_entropy"
+    name: Literal[
+        "cross_entropy", "dpo", "ipo", "simpo", "orpo", "reward", "kto", "distillation"
+    ] = setting(
+        "cross_entropy",
+        Excludes(
+            "lora.rank",
+            of=("reward",),
+            text="{this} with {other}: the new layer that gives rewards is no adapter, and would "
+            "not be exported. Set lora.rank = 0",
+        ),
     )
     """cross_entropy: next-token prediction. dpo, ipo, simpo, orpo: preferences in pairs of
-    completions, read by data.source = "preference". kto: completions that are good or bad, read by
-    "unpaired". distillation: the KL divergence from a teacher.
+    completions, read by data.source = "preference". reward: a reward model, which scores the last
+    token of a completion, of the same pairs (Bradley-Terry). kto: completions that are good or bad,
+    read by "unpaired". distillation: the KL divergence from a teacher.
     """
     label_smoothing: float = setting(0.0, _read_by("cross_entropy", "dpo", "simpo"), ge=0, lt=1)
     """cross_entropy: share of the mean over the vocabulary in the loss of each label. dpo, simpo:
     probability that a pair is the wrong way round.
     """
-    beta: float = setting(0.1, _read_by(*PREFERENCES), gt=0, le=1e3)
+    beta: float = setting(0.1, _read_by(*_WITH_BETA), gt=0, le=1e3)
     """dpo, ipo, kto: strength of the penalty that keeps the model close to the reference. simpo:
     scale of the rewards. orpo: weight of the odds ratio beside the cross-entropy.
     """
     simpo_gamma: float = setting(0.5, _read_by("simpo"), ge=0, le=1e3)
     """simpo: margin between the rewards of the two completions that is aimed at."""
+    center_rewards_coefficient: float = setting(0.0, _read_by("reward"), ge=0, le=1e3)
+    """reward: weight of the square of the sum of both rewards, which keeps them near 0."""
     desirable_weight: float = setting(1.0, _read_by("kto"), ge=0, le=1e3)
     """kto: weight of the loss of good completions."""
     undesirable_weight: float = setting(1.0, _read_by("kto"), ge=0, le=1e3)

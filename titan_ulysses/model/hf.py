@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -98,6 +99,16 @@ def auto_class(config: PreTrainedConfig, *, classifier: bool = False) -> Any:
     if classifier:
         return AutoModelForSequenceClassification
     return AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
+
+
+def make_reward_model(config: PreTrainedConfig) -> None:
+    """Let config be that of a classifier with one score. UserError if its type has none."""
+    if has_vision(config) or type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f'loss.name = "reward": transformers has no model for the classification of texts of '
+            f'type "{config.model_type}". Choose another model.'
+        )
+    config.num_labels = 1
 
 
 def build_on_meta(
@@ -217,8 +228,9 @@ def allocate(
 
 
 @torch.no_grad()
-def initialize(model: PreTrainedModel, seed: int) -> None:
-    """Fill the model with transformers' own random initialization, except its adapters.
+def initialize(model: PreTrainedModel, seed: int, only: nn.Module | None = None) -> None:
+    """Fill the model with transformers' own random initialization, except its adapters; or only
+    one of its modules.
 
     The numbers of a module are drawn from (seed, module name) and then sliced. So they are the same
     on every mesh and for every number of ranks. Needs the memory of the largest module at a time.
@@ -229,7 +241,7 @@ def initialize(model: PreTrainedModel, seed: int) -> None:
     for name, module in model.named_modules():
         own = module.named_parameters(recurse=False)
         sharded = {k: p for k, p in own if p not in seen}
-        if not sharded or is_adapter(f"{name}."):
+        if not sharded or is_adapter(f"{name}.") or only not in (None, module):
             continue
         seen.update(sharded.values())
         whole = {k: torch.full(p.shape, torch.nan, dtype=p.dtype) for k, p in sharded.items()}

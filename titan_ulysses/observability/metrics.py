@@ -25,6 +25,7 @@ from titan_ulysses.distributed.atomic import whole_file
 from titan_ulysses.distributed.device import module_of
 from titan_ulysses.launch.run_store import host_name
 from titan_ulysses.model.families import attention_layers, head_sizes, layer_configs
+from titan_ulysses.model.hf import output_layer
 from titan_ulysses.observability.wandb import WandbRun
 from titan_ulysses.ulysses.linear_attention import recurrence_flops
 
@@ -51,7 +52,7 @@ def flops_per_token(model: nn.Module) -> int:
     definition of MFU. The recurrences of linear attention have no weights; theirs are added.
     Of a model of images and text, it is the text: what an image costs depends on its size.
     """
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embedding, head = model.get_input_embeddings().weight, output_layer(model).weight
     config, towers = model.config.get_text_config(), set()
     if config is not model.config:
         text = {*model.get_decoder().parameters(), embedding, head}

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.tensors import local_box, local_shard
+from titan_ulysses.model.hf import output_layer
 from titan_ulysses.optim.adamw import ShardwiseAdamW
 
 MOMENTUM = 0.95
@@ -33,7 +34,7 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     Stacked matrices of experts, which have three dimensions, are not among them, as in torch.
     """
     outside = {module for module in model.modules() if isinstance(module, nn.Embedding)}
-    outside |= {model.get_input_embeddings(), model.get_output_embeddings()}
+    outside |= {model.get_input_embeddings(), output_layer(model)}
     others = {p for module in outside if module is not None for p in module.parameters()}
     return [p for p in model.parameters() if p.requires_grad and p.dim() == 2 and p not in others]
 

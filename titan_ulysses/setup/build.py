@@ -51,7 +51,9 @@ def build_model(
     compute = getattr(torch, config.training.param_dtype)
     wide = torch.promote_types(compute, torch.float32)
     model = hf.build_on_meta(
-        spec.whole_config, dtype=compute if config.optimizer.stochastic_rounding else wide
+        spec.whole_config,
+        dtype=compute if config.optimizer.stochastic_rounding else wide,
+        classifier=spec.scores,
     )
     float8_layers = 0
     if config.quantize.float8:

@@ -75,6 +75,11 @@ class RunSpec:
         return options_of(self.config, self.core)
 
     @property
+    def scores(self) -> bool:
+        """Whether it is a model that scores whole documents, not one that predicts tokens."""
+        return self.config.loss.name == "reward"
+
+    @property
     def local_tokens(self) -> int:
         """Tokens of a micro-batch on one rank: rows times S / P."""
         training = self.config.training
@@ -119,6 +124,8 @@ def resolve(
         built = whole if config.model.config else text_part(whole)
     check_vision_setting(config.model.vision, built)
     check_family(built)
+    if config.loss.name == "reward":
+        hf.make_reward_model(built)
     model_config = built.get_text_config() if hf.has_vision(built) else built
     if config.model.rope_scaling:
         scale_rope(model_config, config.model.rope_scaling)

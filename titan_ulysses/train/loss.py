@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -264,11 +265,14 @@ class PreferenceLoss(TrainingLoss):
             # The cross-entropy of prompts and chosen completions is a mean over their tokens.
             each = each - policy.with_prompt[::2] * count[0] / count[1]
         rewards = scores.detach() if reference is None else scores.detach() - reference
-        chosen, rejected = (config.beta * rewards / count[0]).view(-1, 2).unbind(1)
+        return each, self._rewards(config.beta * rewards, count)
+
+    @staticmethod
+    def _rewards(values: Tensor, count: Tensor) -> dict[str, Tensor]:
+        """Return what the rewards [2 * N] of pairs add to the metrics, [N] each."""
+        chosen, rejected = _split(values / count[0])
         accuracies = (chosen > rejected).double() / count[0]
-        return each, dict(
-            zip(REWARDS, (chosen, rejected, chosen - rejected, accuracies), strict=True)
-        )
+        return dict(zip(REWARDS, (chosen, rejected, chosen - rejected, accuracies), strict=True))
 
     def reference_of(self, batch: Batch) -> Tensor:
         """Return the reference's log-probability of each completion of this rank's rows.
@@ -414,6 +418,39 @@ class KTO(PreferenceLoss):
         return each, dict(zip((*REWARDS[:3], "kl"), metrics, strict=True))
 
 
+class BradleyTerry(PreferenceLoss):
+    """The loss of a reward model: the negative log-probability that the chosen completion of a pair
+    is preferred, by the difference of both rewards (arXiv 2203.02155, eq. 1).
+
+    center_rewards_coefficient weighs the square of their sum (arXiv 2312.09244, eq. 2). The reward
+    of a completion is the score of its last token.
+    """
+
+    def _of_pairs(self, batch: Batch, count: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        ends, completions = self._ends(batch)
+        inputs = batch.inputs() | {"labels": ends, "num_documents": completions}
+        rewards = self.model(**inputs).logits[:, 0].double()
+        chosen, rejected = _split(rewards)
+        each = -F.logsigmoid(chosen - rejected)
+        each = each + self.config.center_rewards_coefficient * (chosen + rejected).square()
+        return each, self._rewards(rewards.detach(), count)
+
+    def _ends(self, batch: Batch) -> tuple[Tensor, int]:
+        """Return which completion ends at each of this rank's tokens [B, T], and their number."""
+        wholes = torch.full((len(batch.documents), sum(batch.documents[0])), IGNORE_INDEX)
+        count = 0
+        for whole, row in zip(wholes, batch.documents, strict=True):
+            last = torch.tensor(row).cumsum(0)[: 2 * pairs_of(row)] - 1
+            whole[last] = torch.arange(count, count := count + len(last))
+        ends = self.mesh.local_slice(wholes, chunk_tokens=batch.chunk_tokens)
+        return ends.to(self.mesh.device), count
+
+    def describe(self, config: Config) -> str:
+        center = config.loss.center_rewards_coefficient
+        centered = f", centered by {center:g}" if center else ""
+        return f"loss: Bradley-Terry of pairs of completions{centered}"
+
+
 def _split(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return those [N] of the chosen and of the rejected completions, of values [2 * N]."""
     return values[::2], values[1::2]
@@ -501,6 +538,6 @@ def build_loss(
     if spec.frozen is not None and stored is None:
         frozen = build_frozen(spec.frozen, mesh, wrap=wrap)
     if config.name in PREFERENCES:
-        kind = KTO if config.name == "kto" else PreferenceLoss
+        kind = {"kto": KTO, "reward": BradleyTerry}.get(config.name, PreferenceLoss)
         return kind(model, mesh, frozen, config, stored=stored)
     return Distillation(model, mesh, frozen, config)
