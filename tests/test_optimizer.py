@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from helpers import meshes, training
 from helpers.meshes import DP2, ONE, SP2, Degrees
@@ -238,22 +239,23 @@ def check_compiled_step(settings: dict[str, Any]) -> None:
 def test_learning_rates_of_some_parameters(name: str) -> None:
     """A parameter moves as if all had its learning rate; the last pattern that matches counts."""
     lr = 2**-7
-    factors = {"?.*": 8.0, "0.weight": 2.0}
+    factors = {"*.layers.*": 8.0, "*.q_proj.weight": 2.0}
 
     def moved(lr: float, factors: dict[str, float]) -> dict[str, Tensor]:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.LayerNorm(64))
-        model.get_input_embeddings = model.get_output_embeddings = lambda: None
+        table = {key: value for key, value in MODEL.items() if key != "model_type"}
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**table))
         optimizer = build_optimizer(model, Optimizer(name=name, lr=lr, lr_factors=factors))
         assert state_format(optimizer) == name
         set_learning_rate(optimizer, lr)
-        model(torch.randn(8, 64)).square().sum().backward()
+        model(torch.arange(24)[None]).logits.square().sum().backward()
         optimizer.step()
         return {name: p.detach() for name, p in model.named_parameters()}
 
-    found, twice, eightfold = moved(lr, factors), moved(2 * lr, {}), moved(8 * lr, {})
-    for key, value in found.items():
-        assert torch.equal(value, (twice if key == "0.weight" else eightfold)[key]), key
+    runs = {factor: moved(factor * lr, {}) for factor in (1.0, 2.0, 8.0)}
+    for key, value in moved(lr, factors).items():
+        factor = 2.0 if "q_proj" in key else 8.0 if ".layers." in key else 1.0
+        assert torch.equal(value, runs[factor][key]), key
     with pytest.raises(
         UserError, match=r"optimizer\.lr_factors = .*\*\.wieght.* matches no trained"
     ):
