@@ -1,8 +1,10 @@
-"""`titan-ulysses migrate`: recipes of four trainers, what they become, and what is lost."""
+"""`titan-ulysses migrate`: recipes of other trainers, what they become, and what is lost."""
 
 from __future__ import annotations
 
 import json
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from titan_ulysses.config.schema import KEYS, Config
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.tools import migrate
 from titan_ulysses.tools.migration import FORMATS
+from titan_ulysses.tools.migration.key_rules import Flat, Format, decisive
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # Recipes as their projects publish them, shortened: ArcticTraining's run-h100-sp8-llama-8b.yml,
-# accelerate's cp.yaml, axolotl's llama3-8b-deepspeed-alst.yaml, torchtitan's llama3_8b.toml.
+# accelerate's cp.yaml, axolotl's llama3-8b-deepspeed-alst.yaml, torchtitan's llama3_8b.toml. Those
+# of LLaMA-Factory, ms-swift and TRL are ours.
 ARCTIC = """
 type: sft
 micro_batch_size: 1
@@ -139,7 +143,90 @@ enable = false
 steps = -1
 freq = 500
 """
-RECIPES = {"arctic": ARCTIC, "accelerate": ACCELERATE, "axolotl": AXOLOTL, "torchtitan": TORCHTITAN}
+LLAMA_FACTORY = """
+model_name_or_path: a/b
+stage: sft
+finetuning_type: lora
+lora_target: q_proj,v_proj
+quantization_bit: 4
+dataset: chats,notes
+dataset_dir: sets
+template: chatml
+cutoff_len: 32768
+neat_packing: true
+flash_attn: fa2
+gradient_accumulation_steps: 4
+per_device_train_batch_size: 2
+num_train_epochs: 2
+lr_scheduler_type: cosine_with_min_lr
+lr_scheduler_kwargs: {min_lr: 1e-5}
+warmup_ratio: 0.1
+learning_rate: 1e-4
+weight_decay: 0.1
+bf16: true
+save_strategy: epoch
+eval_strategy: no
+report_to: wandb
+output_dir: saves/mine
+mask_history: true
+neftune_noise_alpha: 5
+"""
+SETS = {
+    "chats": {
+        "file_name": "chats.jsonl",
+        "formatting": "sharegpt",
+        "columns": {"messages": "talk", "tools": "functions"},
+        "tags": {"role_tag": "who", "content_tag": "text", "user_tag": "asker"},
+    },
+    "notes": {
+        "hf_hub_url": "c/d",
+        "split": "all",
+        "columns": {"prompt": "question", "response": "answer", "history": "before"},
+    },
+}
+SWIFT = """
+# two nodes of eight
+ranks=8
+NPROC_PER_NODE=$ranks NNODES=2 CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 \\
+swift sft \\
+    --model a/b \\
+    --tuner_type full \\
+    --dataset 'c/d:en#500' chats.jsonl \\
+    --max_length 65536 \\
+    --truncation_strategy left \\
+    --sequence_parallel_size 4 \\
+    --packing true --padding_free true --attn_impl flash_attn \\
+    --loss_scale last_round \\
+    --torch_dtype bfloat16 \\
+    --deepspeed zero3_offload \\
+    --learning_rate 1e-5 \\
+    --warmup_ratio 0.05 --eval_steps 0.1 --split_dataset_ratio 0.01 --save_total_limit=3 \\
+    --system 'Be kind.' | tee log
+"""
+TRL = """
+model_name_or_path: a/b
+dataset_name: c/d
+dataset_config: en
+packing: true
+packing_strategy: bfd_split
+assistant_only_loss: true
+max_steps: 100
+lr_scheduler_type: warmup_stable_decay
+lr_scheduler_kwargs: {num_decay_steps: 20, decay_type: linear}
+use_peft: true
+lora_target_modules: all-linear
+eos_token: <end>
+"""
+RECIPES = {
+    "arctic": ARCTIC,
+    "accelerate": ACCELERATE,
+    "axolotl": AXOLOTL,
+    "llama-factory": LLAMA_FACTORY,
+    "ms-swift": SWIFT,
+    "torchtitan": TORCHTITAN,
+    "trl": TRL,
+}
+_SHARED = {"source": "chat", "train_on": "last", "bad_lines": "skip"}
 EXPECTED: dict[str, dict[str, Any]] = {
     "arctic": {
         "model.path": "meta-llama/Llama-3.1-8B-Instruct",
@@ -184,6 +271,84 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "activation_checkpoint.offload": "host",
         "memory.parameter_offload": True,
     },
+    "llama-factory": {
+        "data.mixture": (
+            {
+                "path": "sets/chats.jsonl",
+                "source": "chat",
+                "messages_field": "talk",
+                "tools_field": "functions",
+                "message_fields": {"role": "who", "content": "text"},
+                "roles": {"asker": "user"},
+                "train_on": "last",
+            },
+            {
+                "path": "c/d",
+                "split": "all",
+                "source": "chat",
+                "prompt_field": "question",
+                "completion_field": "answer",
+                "train_on": "last",
+            },
+        ),
+        "data.packing": "best_fit",
+        "training.seq_len": 32768,
+        "training.global_batch_size": 128,
+        "training.epochs": 2.0,
+        "training.seed": 42,
+        "optimizer.betas": (0.9, 0.999),
+        "optimizer.weight_decay": 0.1,
+        "lr_scheduler.decay_type": "cosine",
+        "lr_scheduler.min_lr_ratio": 0.1,
+        "lr_scheduler.warmup_ratio": 0.1,
+        "lora.rank": 8,
+        "lora.alpha": 16.0,
+        "lora.dropout": 0.0,
+        "lora.target_modules": ["q_proj", "v_proj"],
+        "lora.quantize_base": "nf4",
+        "checkpoint.interval": "epoch",
+        "checkpoint.keep_latest_k": 0,
+        "validation.enable": False,
+        "metrics.enable_wandb": True,
+    },
+    "ms-swift": {
+        "data.mixture": (
+            {"path": "c/d", "subset": "en", **_SHARED},
+            {"path": "chats.jsonl", **_SHARED},
+        ),
+        "data.packing": "best_fit",
+        "training.seq_len": 65536,
+        "training.global_batch_size": -1,
+        "training.epochs": 3.0,
+        "parallelism.sequence_parallel_degree": 4,
+        "memory.parameter_offload": True,
+        "memory.optimizer_offload": True,
+        "optimizer.weight_decay": 0.1,
+        "optimizer.betas": (0.9, 0.95),
+        "lr_scheduler.decay_type": "cosine",
+        "lr_scheduler.min_lr_ratio": 0.0,
+        "lora.rank": 0,
+        "validation.interval": 0.1,
+        "checkpoint.interval": 500,
+        "checkpoint.keep_latest_k": 3,
+    },
+    "trl": {
+        "data.path": "c/d",
+        "data.subset": "en",
+        "data.packing": "best_fit",
+        "data.long_documents": "split",
+        "data.train_on": "assistant",
+        "training.seq_len": 1024,
+        "training.local_batch_size": 8,
+        "training.steps": 100,
+        "optimizer.lr": 2e-5,
+        "lr_scheduler.decay_type": "linear",
+        "lr_scheduler.decay_ratio": 0.2,
+        "lora.rank": 16,
+        "lora.alpha": 32.0,
+        "lora.dropout": 0.05,
+        "lora.target_modules": [],
+    },
     "torchtitan": {
         "model.path": "./assets/hf/Llama-3.1-8B",
         "data.path": "allenai/c4",
@@ -201,19 +366,31 @@ EXPECTED: dict[str, dict[str, Any]] = {
     },
 }
 LOST = {
-    "arctic": ["scheduler.warmup_ratio", "model.save_name"],
+    "arctic": ["optimizer.weight_decay", "scheduler.warmup_ratio", "model.save_name"],
     "accelerate": ["parallelism_config.parallelism_config_tp_size"],
     "axolotl": ["min_sample_len", "neftune_noise_alpha"],
-    "torchtitan": ["parallelism.pipeline_parallel_degree"],
+    "llama-factory": ["dataset", "template", "cutoff_len", "neftune_noise_alpha"],
+    "ms-swift": [
+        "weight_decay",
+        "dataset",
+        "truncation_strategy",
+        "split_dataset_ratio",
+        "system",
+    ],
+    "trl": ["dataset_name", "eos_token"],
+    "torchtitan": ["debug.seed", "parallelism.pipeline_parallel_degree"],
 }
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_recipe(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The file that is written loads; what is lost is in it and on the console."""
-    recipe = tmp_path / ("recipe.toml" if name == "torchtitan" else "recipe.yaml")
+    ending = {"torchtitan": "toml", "ms-swift": "sh"}.get(name, "yaml")
+    recipe = tmp_path / f"recipe.{ending}"
     recipe.write_text(RECIPES[name])
     (tmp_path / "zero3.json").write_text(json.dumps(ZERO3))
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "dataset_info.json").write_text(json.dumps(SETS))
     arguments = [str(recipe), "--ranks", "16", "--output", str(tmp_path / "ours.toml")]
     if name == "accelerate":
         with pytest.raises(UserError, match="it names no model: add --model.path FOLDER"):
@@ -223,12 +400,18 @@ def test_a_recipe(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     config = load_config(tmp_path / "ours.toml")
     for key, value in EXPECTED[name].items():
         section, field = key.split(".")
-        assert getattr(getattr(config, section), field) == value, key
-    said = capsys.readouterr().err.splitlines()
+        found = getattr(getattr(config, section), field)
+        if key == "data.mixture":
+            found = tuple(entry.changed() | {"source": entry.source} for entry in found)
+        assert found == value, key
+    err = capsys.readouterr().err
+    said = err.splitlines()
     lost = [line.split()[1] for line in said if line.startswith("LOST: ")]
     assert lost == LOST[name]
     text = (tmp_path / "ours.toml").read_text()
     assert all(f"#   {key} = " in text for key in lost)
+    for key in migrate.flatten(migrate.read_recipe(recipe)):
+        assert re.search(rf"(^| ){re.escape(key)}([,.]| = |$)", text + err, re.MULTILINE), key
     with pytest.raises(UserError, match="exists already"):
         migrate.main(arguments)
 
@@ -237,7 +420,7 @@ def migrated(recipe: Path, text: str, *, ranks: int | None = None) -> migrate.Mi
     recipe.write_text(text)
     table = migrate.read_recipe(recipe)
     kind = migrate.format_of(recipe, table)
-    return migrate.Migration(kind, migrate.flatten(table), ranks=ranks)
+    return migrate.Migration(kind, migrate.flatten(table), beside={"--ranks": ranks})
 
 
 def test_values_without_a_counterpart_are_named_with_the_reason(tmp_path: Path) -> None:
@@ -325,24 +508,24 @@ enable_float8_linear = true
                 "training.seed": 42,
                 "checkpoint.enable": False,
             },
-            {},
+            {"optimizer.weight_decay": "norms and biases"},
         ),
         (
             f"{SFT % ', pack_samples: true, mask_inputs: false'}train_iters: 50",
             {"data.packing": "best_fit", "data.train_on": "all"},
-            {},
+            {"optimizer.weight_decay": "norms and biases"},
         ),
         (
             f"{SFT % ', filter_samples: false'}type: causal\ntrain_iters: 50",
             {"data.source": "hf", "data.packing": "concat", "data.long_documents": "split"},
-            {},
+            {"optimizer.weight_decay": "norms and biases"},
         ),
         (
             "model: {name_or_path: m}\ndata: {sources: [a/b], filter_samples: false}",
             {
                 "data.path": "a/b",
-                "data.long_documents": None,
-                "training.seq_len": None,
+                "data.long_documents": "split",
+                "training.seq_len": 2048,
                 "training.epochs": 1,
                 "lr_scheduler.warmup_ratio": 0.1,
             },
@@ -350,6 +533,7 @@ enable_float8_linear = true
                 "data.max_length": "set training.seq_len (the default of ArcticTraining)",
                 "data.sources": "of a/b: its role_mapping: make each row a list of",
                 "data.filter_samples": "stay whole there",
+                "optimizer.weight_decay": "norms and biases",
             },
         ),
         (  # axolotl drops chats that are too long, and warms up for 3 %, at most for 100 steps
@@ -367,18 +551,24 @@ enable_float8_linear = true
         (CHATS.replace("50", "9000"), {"lr_scheduler.warmup_steps": 100}, {}),
         (
             CHATS.replace("chat_template", "completion"),
-            {"data.source": "hf", "data.long_documents": None},
+            {"data.source": "hf", "data.long_documents": "split"},
             {},
         ),
         (
             f"{CHATS}pretraining_dataset: b",
             {"data.packing": "concat", "data.streaming": True},
-            {"sample_packing": "packed, end to end (the default of axolotl)"},
+            {
+                "sample_packing": "packed, end to end (the default of axolotl)",
+                "datasets": "pretraining_dataset says otherwise",
+            },
         ),
         (
             CHATS.replace("[{path", "[{path: t, type: completion}, {path"),
-            {"data.long_documents": None},
-            {"excess_length_strategy": "chats are dropped there and texts split"},
+            {"data.long_documents": "split"},
+            {
+                "excess_length_strategy": "chats are dropped there and texts split",
+                "datasets": "set the weight of each source",
+            },
         ),
         (  # as YAML 1.2 has numbers
             f"{CHATS}warmup_ratio: 1e-1\nlearning_rate: 2e-5\nadam_epsilon: '1e-7'",
@@ -409,7 +599,7 @@ enable_float8_linear = true
         ),
         (f"{CHATS}rl: orpo\norpo_alpha: 0.2", {"loss.name": "orpo", "loss.beta": 0.2}, {}),
         (
-            f"{CHATS}saves_per_epoch: 1\nevals_per_epoch: 4".replace(
+            f"{CHATS}val_set_size: 0.1\nsaves_per_epoch: 1\nevals_per_epoch: 4".replace(
                 "max_steps: 50", "num_epochs: 3"
             ),
             {
@@ -419,7 +609,7 @@ enable_float8_linear = true
                 "validation.interval": "0.25 epoch",
                 "lr_scheduler.warmup_ratio": 0.03,
             },
-            {"warmup_ratio": "of at most 100 steps"},
+            {"warmup_ratio": "of at most 100 steps", "val_set_size": "whatever the share"},
         ),
         (  # other names of fields and roles
             CHATS.replace(
@@ -452,7 +642,11 @@ enable_float8_linear = true
                 "quantize.float8": True,
                 "validation.interval": 10,
             },
-            {"model.tokenizer_path": "of Meta's format"},
+            {
+                "model.tokenizer_path": "of Meta's format",
+                "training.dataset": "set data.path",
+                "debug.seed": "training.seed is 0",
+            },
         ),
     ],
 )
@@ -531,6 +725,157 @@ def test_rules_lead_to_settings_that_exist() -> None:
                 ours = key.partition(" ")[0]
                 if "." in key and section in Config.model_fields and not key.endswith("*"):
                     assert ours in KEYS, (kind.name, rule.theirs, key)
+
+
+ANY_VALUE = [True, False, 0, 1, -1, 0.5, 1e400, "", "no", "x", "a/b#1,c", [], ["x", 2], [{}], None]
+ANY_VALUE += [[{"path": "a", "type": "alpaca"}], {}, "2", [[]], "auto", "trl dpo"]
+
+
+@pytest.mark.parametrize("kind", FORMATS.values(), ids=FORMATS)
+def test_no_key_of_a_recipe_goes_unmentioned(kind: Format) -> None:
+    """Each key of the tables, and one that is not there, with values of all kinds: it is a setting,
+    needs nothing, is off, or is lost, with a reason.
+    """
+    keys = sorted({key.replace("*", "x") for rule in kind.rules for key in rule.theirs.split()})
+    draw = random.Random(0)
+    recipes = [dict.fromkeys([*keys, "a.new_key"], value) for value in ANY_VALUE]
+    recipes += [{key: draw.choice(ANY_VALUE) for key in keys} for _ in range(20)]
+    for recipe in recipes:
+        found = migrate.Migration(kind, recipe, beside={"--ranks": 8, "--dataset_info": SETS})
+        said = {key: why for key, _, why in [*found.needless, *found.lost]}
+        origins = {key for keys in found.origin.values() for key in keys}
+        assert recipe.keys() <= {*said, *origins, *found.off}
+        assert all(said.values()), said
+        assert (f"our default: {NOT_SAID}" in origins) == bool(found.ours)
+
+
+NOT_SAID = "the recipe does not say it"
+OF_TRANSFORMERS = {
+    "training.local_batch_size": 8,
+    "training.epochs": 3.0,
+    "training.seed": 42,
+    "training.max_norm": 1.0,
+    "training.param_dtype": "bfloat16",
+    "optimizer.lr": 5e-5,
+    "optimizer.betas": [0.9, 0.999],
+    "optimizer.eps": 1e-8,
+    "optimizer.weight_decay": 0.0,
+    "lr_scheduler.decay_type": "linear",
+    "lr_scheduler.min_lr_ratio": 0.0,
+    "lr_scheduler.warmup_steps": 0,
+    "data.packing": "none",
+    "data.train_on": "assistant",
+    "checkpoint.interval": 500,
+    "checkpoint.keep_latest_k": 0,
+    "validation.enable": False,
+}
+OF_LORA = {"lora.rank": 8, "lora.alpha": 16, "lora.dropout": 0.0, "lora.target_modules": []}
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "defaults", "ours"),
+    [
+        (
+            "arctic",
+            "model: {name_or_path: m}",
+            OF_TRANSFORMERS
+            | {
+                "training.local_batch_size": 1,
+                "training.epochs": 1,
+                "optimizer.lr": 5e-4,
+                "optimizer.weight_decay": 0.1,
+                "lr_scheduler.warmup_steps": None,
+                "lr_scheduler.warmup_ratio": 0.1,
+                "checkpoint.enable": False,
+                "checkpoint.interval": None,
+                "checkpoint.keep_latest_k": None,
+            },
+            ["training.seq_len"],
+        ),
+        (
+            "axolotl",
+            "base_model: m\nlearning_rate: 5e-5",
+            OF_TRANSFORMERS
+            | {
+                "training.seq_len": 512,
+                "training.local_batch_size": 1,
+                "training.epochs": 1,
+                "lr_scheduler.decay_type": "cosine",
+                "lr_scheduler.warmup_steps": None,
+                "lr_scheduler.warmup_ratio": 0.03,
+                "checkpoint.interval": "epoch",
+                "checkpoint.keep_latest_k": 4,
+            },
+            [],
+        ),
+        (
+            "llama-factory",
+            "model_name_or_path: m\nstage: sft",
+            OF_TRANSFORMERS | OF_LORA | {"training.seq_len": 2048},
+            [],
+        ),
+        (
+            "ms-swift",
+            "model: m\ndataset: a",
+            OF_TRANSFORMERS
+            | OF_LORA
+            | {
+                "lora.alpha": 32,
+                "lora.dropout": 0.05,
+                "training.local_batch_size": 1,
+                "training.global_batch_size": 16,
+                "optimizer.lr": 1e-4,
+                "optimizer.betas": [0.9, 0.95],
+                "optimizer.weight_decay": 0.1,
+                "lr_scheduler.decay_type": "cosine",
+                "data.long_documents": "drop",
+            },
+            ["training.seq_len"],
+        ),
+        (
+            "trl",
+            "model_name_or_path: m\ndataset_name: a",
+            OF_TRANSFORMERS
+            | {"training.seq_len": 1024, "optimizer.lr": 2e-5, "data.train_on": "all"},
+            [],
+        ),
+        (
+            "torchtitan",
+            "model: {flavor: 8B}\ntraining: {}",
+            {
+                "training.seq_len": 2048,
+                "training.local_batch_size": 8,
+                "training.steps": 10_000,
+                "training.max_norm": 1.0,
+                "optimizer.lr": 8e-4,
+                "optimizer.betas": [0.9, 0.95],
+                "optimizer.weight_decay": 0.1,
+                "lr_scheduler.decay_type": "linear",
+                "lr_scheduler.min_lr_ratio": 0.0,
+                "lr_scheduler.warmup_steps": 200,
+                "data.packing": "concat",
+                "checkpoint.enable": False,
+                "validation.enable": False,
+            },
+            [],
+        ),
+        ("accelerate", "distributed_type: FSDP", {}, decisive({})),
+    ],
+)
+def test_what_decides_a_run_is_their_default_or_named(
+    name: str, recipe: str, defaults: Flat, ours: list[str], tmp_path: Path
+) -> None:
+    """The values are those of the files that Format.source names; ours is what is left to us."""
+    found = migrated(tmp_path / "recipe.yaml", recipe, ranks=4)
+    assert found.kind is FORMATS[name]
+    assert {key: found.settings.get(key) for key in defaults} == defaults
+    assert found.ours == ours
+    assert found.settings.keys() >= {*decisive(found.settings)}
+    found.settings.setdefault("model.path", "m")
+    text = migrate.as_text("recipe", found)
+    assert text.count(NOT_SAID) == len(ours)
+    said = "\n".join(migrate.said_of(found))
+    assert all(f"OUR DEFAULT: {key} = " in said for key in ours)
 
 
 def test_the_page_has_the_tables() -> None:

@@ -1,15 +1,17 @@
-"""Turn a recipe of ArcticTraining, accelerate, axolotl or torchtitan into our TOML.
+"""Turn a recipe of another trainer into our TOML: of ArcticTraining, accelerate, axolotl,
+LLaMA-Factory, ms-swift, torchtitan or TRL.
 
     titan-ulysses migrate run-h100-sp8-llama-8b.yml --ranks 8 --output llama.toml
     titan-ulysses migrate llama3_8b.toml      torchtitan's; ours goes to the console
+    titan-ulysses migrate sft.sh              the command of ms-swift or TRL in a script
     titan-ulysses migrate fsdp.yaml --model.path FOLDER     accelerate's, which has no model
     titan-ulysses migrate --table axolotl     the keys that are known, as in docs/migration.md
 
 Any setting may be given as an option, as for train.py. A key that the recipe leaves to its own
-trainer is read as if it had that trainer's default, where ours would train something else. A key
-that has no counterpart is named, with its value and the reason, on the console and in comments at
-the end of the file. Nothing is left out silently but what is empty or off. The rules are in
-migration/.
+trainer has that trainer's default, and every setting that decides what is trained is written out,
+with the key that it comes from. A key that has no counterpart is named, with its value and the
+reason, on the console and in comments at the end of the file. Nothing is left out silently. The
+rules are in migration/.
 """
 
 from __future__ import annotations
@@ -17,20 +19,23 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from string import Template
+from textwrap import fill
 from typing import Any
 
 from titan_ulysses.config.cli import parse_command_line
 from titan_ulysses.config.load import config_of
-from titan_ulysses.config.schema import KEYS, SECTIONS
+from titan_ulysses.config.schema import KEYS, SECTIONS, SourceSettings
 from titan_ulysses.config.toml import show, table_to_toml
 from titan_ulysses.distributed.atomic import whole_file
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.tools import parser_of
 from titan_ulysses.tools.migration import FORMATS
-from titan_ulysses.tools.migration.key_rules import Flat, Format, Lost, Rule
+from titan_ulysses.tools.migration.key_rules import Flat, Format, Lost, Rule, decisive
 
 try:
     import tomllib
@@ -39,7 +44,9 @@ except ModuleNotFoundError:  # Python 3.10
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a YAML, TOML or JSON file. UserError where it cannot be read, or is not a table."""
+    """Read a YAML, TOML or JSON file, or the command of a script. UserError where it cannot be
+    read, or is not a table.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -50,6 +57,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
             table = tomllib.loads(text)
         elif path.suffix == ".json":
             table = json.loads(text)
+        elif path.suffix == ".sh":
+            table = _read_command(text)
         else:
             table = _read_yaml(text)
     except Exception as error:  # of three parsers
@@ -69,6 +78,37 @@ def _read_yaml(text: str) -> Any:
     number = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$")
     RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:float", number, [*"-+.0123456789"])
     return yaml.load(text, RecipeLoader)
+
+
+_LAUNCHERS = ("swift", "trl")
+
+
+def _read_command(text: str) -> dict[str, Any]:
+    """Return the options of the first `swift ...` or `trl ...` in a script, as a table; what stands
+    before it, NAME=value, is under "env".
+    """
+    words = shlex.split(text.replace("\\\n", " "), comments=True)
+    env: dict[str, Any] = {}
+    while words and words[0] not in _LAUNCHERS:
+        name, equals, value = words.pop(0).partition("=")
+        if equals and name.isidentifier():
+            env[name] = _read_yaml(Template(value).safe_substitute(env))
+    if len(words) < 2:
+        raise ValueError(f"no command begins with {' or '.join(_LAUNCHERS)}")
+    options: dict[str, list[Any]] = {}
+    for word in (Template(word).safe_substitute(env) for word in words[2:]):
+        if word in (";", "&&", "||", "|", "&"):
+            break
+        if word.startswith("--"):
+            option, equals, value = word[2:].partition("=")
+            options[option.replace("-", "_")] = [_read_yaml(value)] if equals else []
+        elif options:
+            options[[*options][-1]].append(_read_yaml(word))
+    table: dict[str, Any] = {"command": f"{words[0]} {words[1]}"}
+    for option, values in options.items():
+        table[option] = values[0] if len(values) == 1 else values or True
+    exported = {name: value for name, value in env.items() if name.isupper()}
+    return table | ({"env": exported} if exported else {})
 
 
 def flatten(table: dict[str, Any], prefix: str = "") -> Flat:
@@ -91,54 +131,103 @@ def format_of(path: Path, table: dict[str, Any]) -> Format:
 
 
 class Migration:
-    """A recipe, the settings that follow from it, and what could not be carried."""
+    """A recipe, the settings that follow from it, and what could not be carried.
 
-    def __init__(self, kind: Format, recipe: Flat, *, ranks: int | None):
+    beside: what the recipe does not hold, and some rules need: "--ranks", "--dataset_info"
+    given: settings that count more than those of the recipe
+    """
+
+    def __init__(
+        self,
+        kind: Format,
+        recipe: Flat,
+        *,
+        beside: Mapping[str, Any] | None = None,
+        given: Mapping[str, Any] | None = None,
+    ):
         self.kind = kind
         self.settings: Flat = {}
-        self.from_defaults: set[str] = set()
-        """our keys that follow from their trainer's defaults alone"""
+        self.origin: dict[str, list[str]] = {}
+        """our keys -> the keys of the recipe that say so; none for what nobody said"""
         self.lost: list[tuple[str, Any, str]] = []
         self.needless: list[tuple[str, Any, str]] = []
+        self.off = [key for key, value in recipe.items() if value is None]
+        """keys that ask for nothing"""
         recipe = {key: value for key, value in recipe.items() if value is not None}
-        self._values = kind.defaults | recipe | {"--ranks": ranks}
+        self._values = {"--ranks": None} | kind.defaults | recipe | dict(beside or {})
         for key, value in kind.defaults.items():
             if key not in recipe and (rule := kind.rule_of(key)):
-                found = self._apply(rule, key, value, f" (the default of {kind.name})")
-                self.from_defaults |= found.keys()
+                self._apply(rule, key, value, default=True)
         for key, value in recipe.items():
             if rule := kind.rule_of(key):
-                found = self._apply(rule, key, value)
-                self.from_defaults -= found.keys()
-                if not found and rule.why:
-                    self.needless.append((key, value, rule.why))
-            elif value not in (False, "", [], {}):  # what is off or empty asks for nothing
+                lost = len(self.lost)
+                if not self._apply(rule, key, value) and len(self.lost) == lost:
+                    self.needless.append((key, value, rule.why or "it is so here"))
+            elif value in (False, "", [], {}):
+                self.off.append(key)
+            else:
                 self.lost.append((key, value, "not known here"))
+        self._share_among_sources()
+        self.settings |= dict(given or {})
+        self.origin |= {key: ["given"] for key in given or {}}
+        self.ours = [key for key in decisive(self.settings) if key not in self.settings]
+        """our keys that decide what is trained, and neither the recipe nor its trainer sets"""
+        for key in self.ours:
+            self.settings[key] = KEYS[key].get_default(call_default_factory=True)
+            self.origin[key] = ["our default: the recipe does not say it"]
 
-    def _apply(self, rule: Rule, key: str, value: Any, of: str = "") -> Flat:
+    def _share_among_sources(self) -> None:
+        """Move the keys of [data] that each source of a mixture has for itself into them."""
+        if sources := self.settings.get("data.mixture"):
+            for key in SourceSettings.model_fields:
+                if (ours := f"data.{key}") in self.settings:
+                    value = self.settings.pop(ours)
+                    for source in sources:
+                        source.setdefault(key, value)
+
+    def _apply(self, rule: Rule, key: str, value: Any, *, default: bool = False) -> Flat:
         """Add what a key becomes to the settings, and return it. Name it if something is lost."""
+        of = f"the default of {self.kind.name}"
         try:
             found = rule.become(value, self._values)
         except Lost as why:
-            self.lost.append((key, value, f"{why}{of}"))
+            self.lost.append((key, value, f"{why} ({of})" if default else str(why)))
             found = why.kept
-        except (TypeError, ValueError, KeyError, AttributeError):
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
             self.lost.append((key, value, "this key does not have such a value"))
             found = {}
+        for ours in found:
+            if default:
+                self.origin[ours] = [f"{of}: {key} = {show(value)}"]
+                continue
+            others = self.origin.get(ours, [])
+            others = [] if others and others[0].startswith(of) else others
+            if others and self.settings[ours] != found[ours]:
+                self.lost += [(o, self._values[o], f"{key} says otherwise") for o in others]
+                others = []
+            self.origin[ours] = [*others, key]
         self.settings |= found
         return found
 
 
-def with_included(path: Path, flat: Flat, kind: Format) -> Flat:
-    """Return flat with the keys of the files that it names, such as a DeepSpeed config."""
+def with_included(path: Path, flat: Flat, kind: Format) -> tuple[Flat, Flat]:
+    """Return flat with the keys of the files that it names, such as a DeepSpeed config, and what
+    lies beside it. Names are looked for in the folder of the recipe and in those that hold it.
+    """
     result: Flat = {}
-    for key, value in flat.items():
+    beside: Flat = {}
+    for key, value in ({key: kind.defaults.get(key) for key in kind.includes} | flat).items():
         prefix = kind.includes.get(key)
-        if prefix and isinstance(value, str) and (file := path.parent / value).is_file():
+        found = [folder / value for folder in path.resolve().parents] if prefix and value else []
+        if file := next((one for one in found if one.is_file()), None):
             result |= flatten(read_recipe(file), f"{prefix}.")
-        else:
+        elif key in flat:
             result[key] = value
-    return result
+        for folder in found:
+            if (file := folder / f"{prefix}.json").is_file():
+                beside = {f"--{prefix}": read_recipe(file)}
+                break
+    return result, beside
 
 
 def as_text(source: str, migration: Migration) -> str:
@@ -154,24 +243,33 @@ def as_text(source: str, migration: Migration) -> str:
             if isinstance(value, str) and isinstance(ours, (int, float)):
                 table[name] = ours  # a number in quotes, which their trainers take too
     lines = [f"# From {source}, a recipe of {migration.kind.name}, by titan-ulysses migrate."]
-    if migration.from_defaults:
-        lines.append(f"# From defaults of {migration.kind.name}, which the recipe does not set:")
-        lines += [f"#   {key}" for key in sorted(migration.from_defaults)]
     for section in SECTIONS:
         if section in tables:
             order = [k for k in SECTIONS[section].model_fields if k in tables[section]]
-            lines += ["", *table_to_toml(section, {k: tables[section][k] for k in order})]
+            toml = table_to_toml(section, {k: tables[section][k] for k in order})
+            lines += ["", *(_with_origin(line, section, migration) for line in toml)]
     if migration.lost:
         lines += ["", "# Not carried over:"]
         lines += [f"#   {key} = {show(value)}: {why}" for key, value, why in migration.lost]
+    if migration.kind.differs:
+        lines += ["", "# Not the same:", *(f"#   {why}" for why in migration.kind.differs)]
     return "\n".join(lines) + "\n"
+
+
+def _with_origin(line: str, section: str, migration: Migration) -> str:
+    """Return a line of TOML with a comment that says where its value comes from."""
+    key = line.strip("[]") if line.startswith("[") else f"{section}.{line.partition(' = ')[0]}"
+    origin = migration.origin.get(key)
+    return f"{line}  # {', '.join(origin)}" if origin else line
 
 
 def markdown(kind: Format) -> str:
     """Return the table of a format for docs/migration.md."""
     defaults = (f"| `{key}` | if unset: `{show(value)}` |" for key, value in kind.defaults.items())
     rows = (rule.table_row() for rule in kind.rules)
-    return "\n".join([f"| {kind.name} | here |", "|---|---|", *rows, *defaults, ""])
+    differs = (f"| not the same | {why} |" for why in kind.differs)
+    table = [f"| {kind.name} | here |", "|---|---|", *rows, *defaults, *differs, ""]
+    return "\n".join([fill(f"From {kind.source}:", 100), "", *table])
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -208,6 +306,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+def said_of(migration: Migration) -> list[str]:
+    """Return the lines for the console: what the file that is written does not show by itself."""
+    reasons: dict[str, list[str]] = {}
+    for key, value, why in migration.needless:
+        reasons.setdefault(why, []).append(f"{key} = {show(value)}")
+    said = [f"needs nothing here: {', '.join(keys)}: {why}" for why, keys in reasons.items()]
+    said += [f"off, or empty: {', '.join(migration.off)}"] if migration.off else []
+    said += [f"LOST: {k} = {show(v)}: {why}" for k, v, why in migration.lost]
+    said += [f"OUR DEFAULT: {k} = {show(migration.settings[k])}" for k in migration.ours]
+    said += [f"DIFFERS: {why}" for why in migration.kind.differs]
+    return said
+
+
 def main(argv: list[str]) -> None:
     options = parse(argv)
     if options.table:
@@ -216,11 +327,10 @@ def main(argv: list[str]) -> None:
     path: Path = options.recipe
     table = read_recipe(path)
     kind = FORMATS[options.kind] if options.kind else format_of(path, table)
-    flat = with_included(path, flatten(table), kind)
-    migration = Migration(kind, flat, ranks=options.ranks)
-    given = dict(options.overrides)
-    migration.settings |= given
-    migration.from_defaults -= given.keys()
+    flat, beside = with_included(path, flatten(table), kind)
+    migration = Migration(
+        kind, flat, beside=beside | {"--ranks": options.ranks}, given=dict(options.overrides)
+    )
     if not {"model.path", "model.config"} & migration.settings.keys():
         raise UserError(f"{path}: it names no model: add --model.path FOLDER.", exit_code=2)
     text = as_text(path.name, migration)
@@ -232,6 +342,4 @@ def main(argv: list[str]) -> None:
         print(f"{options.output}: {len(migration.settings)} of {len(KEYS)} settings are set.")
     else:
         print(text, end="")
-    for title, found in (("needs nothing here", migration.needless), ("LOST", migration.lost)):
-        for key, value, why in found:
-            print(f"{title}: {key} = {show(value)}: {why}", file=sys.stderr)
+    print("\n".join(said_of(migration)), file=sys.stderr)

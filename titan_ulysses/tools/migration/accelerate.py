@@ -1,9 +1,12 @@
-"""Files of `accelerate config`, with ParallelismConfig: accelerate 1.15."""
+"""Files of `accelerate config`, with ParallelismConfig. Optimizer, schedule and data are those of
+the script that it launches, and not in it.
+"""
 
 from __future__ import annotations
 
 from titan_ulysses.tools.migration import key_rules as to
 from titan_ulysses.tools.migration.key_rules import Flat, Lost
+from titan_ulysses.tools.migration.training_arguments import fsdp_config
 
 _P = "parallelism_config.parallelism_config_"
 
@@ -23,6 +26,7 @@ def _nodes(value: int, values: Flat) -> Flat:
 _KNOWN_KEYS = {"distributed_type", "compute_environment", "parallelism_config"}
 ACCELERATE = to.Format(
     "accelerate",
+    "src/accelerate/commands/config/ of accelerate 1.15",
     lambda table: bool(_KNOWN_KEYS & {*table}),
     [
         to.same("num_processes", "plan.world_size", "torchrun starts them"),
@@ -37,18 +41,12 @@ ACCELERATE = to.Format(
         to.attention(f"{_P}sp_attn_implementation"),
         to.needless(f"{_P}*", "one kind of sequence parallelism, with sequences of one length"),
         to.choice(
-            "fsdp_config.fsdp_activation_checkpointing",
-            "activation_checkpoint.mode",
-            {True: "full", False: "none"},
-        ),
-        to.same("fsdp_config.fsdp_offload_params", "memory.parameter_offload"),
-        to.choice(
             "fsdp_config.fsdp_sharding_strategy",
             "",
             {"full_shard 1": None, 1: None},
             {"hybrid_shard no_shard shard_grad_op": f"set {to.REPLICATE}"},
         ),
-        to.needless("fsdp_config.*", "FSDP2 of each block, whose checkpoints are sharded"),
+        *fsdp_config(),
         *to.zero_offload(
             "deepspeed_config.offload_optimizer_device", "deepspeed_config.offload_param_device"
         ),

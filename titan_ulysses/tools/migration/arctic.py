@@ -1,4 +1,4 @@
-"""Recipes of ArcticTraining: arctic_training/config/, of April 2026."""
+"""Recipes of ArcticTraining."""
 
 from __future__ import annotations
 
@@ -43,14 +43,7 @@ def _source(entry: Any, values: Flat) -> tuple[Flat, str]:
 
 
 def _sources(value: list[Any], values: Flat) -> Flat:
-    found = [_source(entry, values) for entry in value]
-    if len(found) == 1:
-        data = {f"data.{key}": one for key, one in found[0][0].items()}
-    else:
-        data = {"data.mixture": [one for one, _ in found]}
-    if missing := "; ".join(why for _, why in found if why):
-        raise Lost(missing, data)
-    return data
+    return to.sources([_source(entry, values) for entry in value])
 
 
 def _validation(value: list[Any], values: Flat) -> Flat:
@@ -117,11 +110,15 @@ def _checkpoint(value: Any, _: Flat) -> Flat:
             found["checkpoint.enable"] = True
         if one.get("save_every_n_steps"):
             found |= {"checkpoint.enable": True, "checkpoint.interval": one["save_every_n_steps"]}
+    if found["checkpoint.enable"]:
+        found["checkpoint.keep_latest_k"] = 0
     return found
 
 
+_ADAMW = {"optimizer.name": "adamw"}
 ARCTIC = to.Format(
     "ArcticTraining",
+    "arctic_training/config/ and data/sft_factory.py of 0.8.1.dev0 (b28638e, April 2026)",
     lambda table: isinstance(table.get("model"), dict) and "name_or_path" in table["model"],
     [
         to.only("type", ("sft", "causal"), "for other losses see docs/trainers.md"),
@@ -149,7 +146,7 @@ ARCTIC = to.Format(
         to.computed(
             "eval_interval",
             "validation.interval",
-            lambda n, _: {"validation.enable": True, "validation.interval": n} if n else {},
+            lambda n, _: {"validation.enable": bool(n)} | ({"validation.interval": n} if n else {}),
         ),
         to.needless("model.type", "liger is not needed: the loss is tiled"),
         to.same("model.name_or_path", "model.path"),
@@ -184,14 +181,21 @@ ARCTIC = to.Format(
         to.choice("data.mask_inputs", "data.train_on", {True: "assistant", False: "all"}),
         to.needless("data.div_length data.pad_to", "a sequence is padded to its length"),
         to.same("data.cache_dir", "data.cache_folder"),
+        to.needless("data.use_data_cache data.cache_processed_data", "data is cached"),
         to.needless("data.num_proc data.dl_num_workers", "chosen by the cores of the machine"),
         to.choice(
             "optimizer.type",
             "memory.optimizer_offload",
-            {"cpu_adam cpuadam": True, "fused_adam fusedadam": None},
+            {
+                "cpu_adam cpuadam": _ADAMW | {"memory.optimizer_offload": True},
+                "fused_adam fusedadam": _ADAMW,
+            },
         ),
         to.same("optimizer.learning_rate optimizer.lr", "optimizer.lr"),
-        *to.same_name("optimizer.weight_decay betas"),
+        to.weight_decay(
+            "optimizer.weight_decay", lambda values: "model.peft_config.peft_type" in values
+        ),
+        *to.same_name("optimizer.betas eps"),
         to.choice(
             "scheduler.name",
             "lr_scheduler.decay_type",
@@ -220,7 +224,15 @@ ARCTIC = to.Format(
         "type": "sft",
         "epochs": 1,
         "optimizer.lr": 5e-4,
+        "optimizer.type": "fused_adam",
         "optimizer.betas": [0.9, 0.999],
+        "optimizer.eps": 1e-8,
+        "optimizer.weight_decay": 0.1,
+        "micro_batch_size": 1,
+        "model.dtype": "bf16",
+        "deepspeed.gradient_clipping": 1.0,
+        "data.mask_inputs": True,
+        "eval_interval": 0,
         "scheduler.name": "linear",
         "scheduler.warmup_ratio": 0.1,
         "data.max_length": _POSITIONS,
@@ -229,4 +241,8 @@ ARCTIC = to.Format(
         "seed": 42,
         "checkpoint": [],
     },
+    differs=[
+        to.ONE_STEP_LATER,
+        "each rank takes the mean over its own labels there, and the mean over ranks is trained",
+    ],
 )

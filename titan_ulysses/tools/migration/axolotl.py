@@ -1,14 +1,14 @@
-"""Recipes of axolotl: src/axolotl/utils/schemas/, of July 2026."""
+"""Recipes of axolotl, with the arguments that it makes of them for transformers' trainer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import PurePosixPath
 from typing import Any
 
 from titan_ulysses.config.schema import PAIRED, PREFERENCES
 from titan_ulysses.tools.migration import key_rules as to
+from titan_ulysses.tools.migration import training_arguments as hf
 from titan_ulysses.tools.migration.key_rules import Flat, Lost
 
 _PAIRS = ("chat_template", "chat_template.default")
@@ -84,7 +84,7 @@ def _lost_of(entry: Any) -> str:
     """Return what a dataset has beyond its rows, and we do not."""
     known = {"path", "type", "field", "split", "name", "ds_type"}
     known |= {"field_messages", "field_chosen", "field_rejected"}
-    if _kind(entry) == "chat_template":
+    if _kind(entry) == "chat_template" or not _names_of(entry):
         known |= {"message_property_mappings", "message_field_role", "message_field_content"}
         known.add("roles")
     if _kind(entry) == "alpaca":
@@ -96,14 +96,7 @@ def _lost_of(entry: Any) -> str:
 
 def _datasets(value: Any, values: Flat) -> Flat:
     entries = value if isinstance(value, list) else [value]
-    each = [_dataset(entry, values) for entry in entries]
-    found = [keys for keys, _ in each if keys]
-    data: Flat = {"data.mixture": found} if found else {}
-    if len(found) == 1:
-        data = {f"data.{key}": one for key, one in found[0].items()}
-    if lost := "; ".join(why for _, why in each if why):
-        raise Lost(lost, data)
-    return data
+    return to.sources([_dataset(entry, values) for entry in entries])
 
 
 def _pretraining(value: Any, values: Flat) -> Flat:
@@ -144,9 +137,12 @@ def _long(value: str, values: Flat) -> Flat:
     entries = values.get("datasets") or []
     kinds = {_kind(one) in _TEXTS for one in (entries if isinstance(entries, list) else [entries])}
     if _streams(values) or kinds <= {True}:
-        return {}
+        return {"data.long_documents": "split"}
     if len(kinds) == 2:
-        raise Lost("chats are dropped there and texts split; data.long_documents is one for all")
+        raise Lost(
+            "chats are dropped there and texts split; data.long_documents is one for all",
+            {"data.long_documents": "split"},
+        )
     return {"data.long_documents": "drop"}
 
 
@@ -154,10 +150,53 @@ def _epochs(value: float, values: Flat) -> Flat:
     return {} if values.get("max_steps") else {"training.epochs": value}
 
 
-def _of_epoch(section: str, value: float, _: Flat) -> Flat:
+def _of_epoch(section: str, value: float, values: Flat) -> Flat:
     """Return the interval of so many validations or checkpoints an epoch."""
+    if not value or (section == "validation" and not _is_validated(values)):
+        return {}
     share = "epoch" if value == 1 else f"{1 / value:.6g} epoch"
-    return {f"{section}.enable": True, f"{section}.interval": share} if value else {}
+    return {f"{section}.enable": True, f"{section}.interval": share}
+
+
+def _is_validated(values: Flat) -> bool:
+    return bool(values.get("val_set_size") or values.get("test_datasets"))
+
+
+def _evaluates(_: Any, values: Flat) -> Flat:
+    """Without held-out data there are no validations, and without an interval none either."""
+    if not _is_validated(values):
+        return {"validation.enable": False}
+    found: Flat = {"validation.enable": bool(values.get("evals_per_epoch"))}
+    if values.get("eval_steps"):
+        found = hf.every("validation", values["eval_steps"])
+    elif values.get("eval_strategy") == "epoch":
+        found = {"validation.enable": True, "validation.interval": "epoch"}
+    return found
+
+
+def _held_out(share: float, values: Flat) -> Flat:
+    if share:
+        raise Lost(to.SHARE_HELD_OUT, _evaluates(None, values))
+    return _evaluates(None, values)
+
+
+def _saves(value: Any, values: Flat) -> Flat:
+    """save_steps and save_strategy: an epoch, unless something is set."""
+    if values.get("save_steps"):
+        return hf.every("checkpoint", values["save_steps"])
+    if values.get("saves_per_epoch"):
+        return {}
+    if value in ("no", False):
+        return {"checkpoint.enable": False}
+    if value != "epoch":
+        raise Lost("set checkpoint.interval")
+    return {"checkpoint.enable": True, "checkpoint.interval": "epoch"}
+
+
+def _schedule(name: str, values: Flat) -> Flat:
+    found = hf.schedule(name, values)
+    least = {"lr_scheduler.min_lr_ratio": float(values["cosine_min_lr_ratio"])}
+    return found | least if name == "cosine" else found
 
 
 _AT_MOST = "0.03, at most 100 steps"
@@ -189,7 +228,10 @@ _OTHERS = "docs/trainers.md has TRL's trainers in sequence parallelism"
 def _rl(value: str, values: Flat) -> Flat:
     if value and value not in PREFERENCES:
         raise Lost(_OTHERS)
-    found = {"loss.name": value} if value else {}
+    found: Flat = {"loss.name": value} if value else {}
+    if value:
+        betas = (values.get(key) for key in ("rl_beta", "trl.beta", "orpo_alpha"))
+        found["loss.beta"] = next((one for one in betas if one is not None), 0.1)  # TRL's
     if value == "simpo" and values.get("cpo_alpha") != 0:
         raise Lost("cpo_alpha, 1 unless it is set, adds a cross-entropy that is not here", found)
     return found
@@ -206,15 +248,11 @@ def _of_loss(ours: str, *losses: str) -> Callable[[Any, Flat], Flat]:
     return become
 
 
-def _output(value: str, _: Flat) -> Flat:
-    path = PurePosixPath(value)
-    return {"job.dump_folder": str(path.parent), "job.name": path.name}
-
-
 _FULL = {"activation_checkpoint.mode": "full"}
 _RING = "Ulysses in place of a ring"
 AXOLOTL = to.Format(
     "axolotl",
+    "src/axolotl/utils/schemas/ and core/builders/base.py of 0.18.0 (067b021, July 2026)",
     lambda table: "base_model" in table,
     [
         to.same("base_model", "model.path"),
@@ -232,9 +270,9 @@ AXOLOTL = to.Format(
             "datasets", "`data.source`, `data.path` and others, or `data.mixture`", _datasets
         ),
         to.computed("pretraining_dataset", "`data.streaming = true` and the same", _pretraining),
-        to.lost(
-            "val_set_size",
-            "the share held out is one document of a hundred: set validation.enable = true",
+        to.computed("val_set_size", "validation.enable", _held_out, to.SHARE_HELD_OUT),
+        to.computed(
+            "eval_steps eval_strategy", "`validation.enable`, `validation.interval`", _evaluates
         ),
         to.lost("test_datasets", "name the file in validation.path"),
         to.choice("train_on_inputs", "data.train_on", {True: "all", False: "assistant"}),
@@ -261,56 +299,27 @@ AXOLOTL = to.Format(
             for kind in ("desirable", "undesirable")
             for ours in [f"loss.{kind}_weight"]
         ),
-        to.same("label_smoothing_factor", "loss.label_smoothing"),
         to.same("micro_batch_size", "training.local_batch_size"),
         to.accumulation(
             batch="micro_batch_size", sequence=["context_parallel_size", "sequence_parallel_degree"]
         ),
         to.computed("num_epochs", "`training.epochs`, without max_steps", _epochs),
-        to.same("max_steps", "training.steps"),
-        to.same("learning_rate", "optimizer.lr"),
-        to.choice(
-            "lr_scheduler",
-            "lr_scheduler.decay_type",
-            {
-                "cosine": "cosine",
-                "linear": "linear",
-                "constant constant_with_warmup": "constant",
-                "inverse_sqrt": {
-                    "lr_scheduler.decay_type": "inverse_sqrt",
-                    "lr_scheduler.min_lr_ratio": 0.0,
-                },
-            },
-        ),
+        to.computed("lr_scheduler", "`lr_scheduler.*`, with lr_scheduler_kwargs", _schedule),
         to.computed("warmup_steps", "`lr_scheduler.warmup_steps`; a share: of max_steps", _warmup),
         to.computed(
             "warmup_ratio",
             "`lr_scheduler.warmup_ratio`; `lr_scheduler.warmup_steps`, of max_steps",
             _warmup_ratio,
         ),
-        to.same("cosine_min_lr_ratio", "lr_scheduler.min_lr_ratio"),
-        to.choice(
-            "optimizer",
-            "optimizer.name",
-            {
-                "adamw_torch adamw_torch_fused adamw_hf": "adamw",
-                "adamw_torch_8bit adamw_bnb_8bit adamw_8bit": "adamw8bit",
-                "adamw_torch_4bit": "adamw4bit",
-            },
-        ),
-        to.same("weight_decay", "optimizer.weight_decay"),
-        to.betas("adam_beta1", "adam_beta2", defaults=(0.9, 0.999)),
-        to.same("adam_epsilon", "optimizer.eps"),
-        to.same("max_grad_norm", "training.max_norm"),
-        to.same("seed", "training.seed"),
+        to.needless("cosine_min_lr_ratio", "it is lr_scheduler.min_lr_ratio of cosine"),
+        to.lost("cosine_constant_lr_ratio", "the decay ends with the run"),
+        to.choice("optimizer", "optimizer.name", hf.ADAMW),
         to.choice(
             "bf16",
             "training.param_dtype",
             {True: "bfloat16", "auto full": "bfloat16", False: "float32"},
         ),
         to.choice("fp8", "quantize.float8", {True: True, False: None}),
-        to.lost("fp16", to.FP16),
-        to.needless("tf32", "for fp32 products on a GPU"),
         to.choice(
             "gradient_checkpointing",
             "activation_checkpoint.mode",
@@ -321,7 +330,6 @@ AXOLOTL = to.Format(
                 "offload_disk": _FULL | {"activation_checkpoint.offload": "disk"},
             },
         ),
-        to.needless("gradient_checkpointing_kwargs*", "checkpoints are not reentrant"),
         to.choice(
             "activation_offloading",
             "activation_checkpoint.offload",
@@ -345,36 +353,27 @@ AXOLOTL = to.Format(
         to.choice("adapter", "lora.quantize_base", {"lora": None, "qlora": "nf4", "": None}),
         to.same("lora_r", "lora.rank"),
         to.same("lora_alpha", "lora.alpha"),
-        to.same("lora_dropout", "lora.dropout"),
         to.computed(
-            "lora_target_modules",
-            "lora.target_modules",
-            lambda v, _: {"lora.target_modules": [v] if isinstance(v, str) else v},
+            "lora_dropout",
+            "lora.dropout",
+            lambda value, values: {"lora.dropout": value} if values.get("adapter") else {},
+            "of an adapter",
         ),
-        to.computed(
-            "lora_target_parameters",
-            "lora.target_parameters",
-            lambda v, _: {"lora.target_parameters": [v] if isinstance(v, str) else v},
-        ),
+        to.in_list("lora_target_modules", "lora.target_modules"),
+        to.in_list("lora_target_parameters", "lora.target_parameters"),
         to.same("peft_use_rslora", "lora.use_rslora"),
         to.same("peft_use_dora", "lora.use_dora"),
         to.needless("lora_mlp_kernel lora_qkv_kernel lora_o_kernel", "axolotl's own kernels"),
-        to.needless("lora_target_linear", "without lora.target_modules, all linear layers"),
+        to.choice("lora_target_linear", "lora.target_modules", {True: [], False: None}),
         to.choice("load_in_4bit", "lora.quantize_base", {True: "nf4", False: None}),
         to.lost("load_in_8bit", "no weights in 8 bits"),
         to.lost("unfrozen_parameters", "name what is frozen in model.freeze"),
         to.same("overrides_of_model_config.rope_scaling", "model.rope_scaling"),
-        to.computed("output_dir", "`job.dump_folder`, `job.name`", _output),
         to.same("dataset_prepared_path", "data.cache_folder"),
-        to.same("logging_steps", "metrics.log_interval"),
-        to.same("save_steps", "checkpoint.interval"),
-        to.same("save_total_limit", "checkpoint.keep_latest_k"),
-        to.computed("saves_per_epoch", "checkpoint.interval", partial(_of_epoch, "checkpoint")),
         to.computed(
-            "eval_steps",
-            "validation.interval",
-            lambda n, _: {"validation.enable": True, "validation.interval": n},
+            "save_strategy save_steps", "`checkpoint.enable`, `checkpoint.interval`", _saves
         ),
+        to.computed("saves_per_epoch", "checkpoint.interval", partial(_of_epoch, "checkpoint")),
         to.computed("evals_per_epoch", "validation.interval", partial(_of_epoch, "validation")),
         to.computed(
             "wandb_project",
@@ -389,29 +388,45 @@ AXOLOTL = to.Format(
             "put the template into the folder of the tokenizer",
         ),
         to.computed("plugins", "liger and cut cross entropy are not needed", _plugins),
-        to.needless(
-            "resume_from_checkpoint auto_resume_from_checkpoints", "the same command resumes"
-        ),
+        to.needless("auto_resume_from_checkpoints", "the same command resumes"),
         to.needless("pad_to_sequence_len", "sequences have one length"),
         to.needless("eval_sample_packing", "held-out data is packed as data.packing says"),
         to.lost("eot_tokens", "the chat template marks what is trained"),
         to.lost("loss_watchdog_*", "training.skip_nonfinite, and loss_spike in the metrics"),
-        to.same("fsdp_config.offload_params", "memory.parameter_offload"),
-        to.needless("fsdp_config.*", "FSDP2 of each block, whose checkpoints are sharded"),
-        to.needless("fsdp fsdp_version ddp_find_unused_parameters", "FSDP2 is always used"),
-        to.lost("deepspeed", "there is no such file beside the recipe"),
-        *to.deepspeed("deepspeed"),
+        to.needless("fsdp_version fsdp_final_state_dict_type", "FSDP2 is always used"),
+        to.needless("strict seed_of_ddp", "each key is checked"),
+        *hf.rules(
+            sequence=["context_parallel_size", "sequence_parallel_degree"],
+            has_adapters=lambda values: bool(values.get("adapter")),
+        ),
     ],
     {
         "sequence_len": 512,
         "sample_packing": False,
         "excess_length_strategy": "drop",
+        "train_on_inputs": False,
+        "micro_batch_size": 1,
         "num_epochs": 1,
+        "lr_scheduler": "cosine",
         "cosine_min_lr_ratio": 0.0,
         "warmup_ratio": _AT_MOST,
+        "optimizer": "adamw_torch_fused",
         "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
         "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "bf16": "auto",
         "seed": 42,
+        "save_strategy": "epoch",
+        "save_total_limit": 4,
+        "val_set_size": 0.0,
+        "(final-model)": "saved",
+        "lora_dropout": 0.0,
     },
     includes={"deepspeed": "deepspeed"},
+    differs=[
+        to.ONE_STEP_LATER,
+        "each rank takes the mean over its own labels there, and the mean over ranks is trained",
+        to.BF16_WEIGHTS,
+    ],
 )

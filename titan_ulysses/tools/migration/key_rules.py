@@ -3,13 +3,12 @@
 A rule says of one or several of their keys which of our settings follow from a value. It raises
 `Lost` with the reason where there is no counterpart.
 
-ArcticTraining: arctic_training/config/, April 2026. accelerate 1.15: its `accelerate config` file.
-axolotl: src/axolotl/utils/schemas/, July 2026. torchtitan 0.2.2: torchtitan/config/job_config.py.
+Each format names the version of its trainer, and the files that have its keys and their defaults.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,6 +52,8 @@ class Rule:
 @dataclass(frozen=True)
 class Format:
     name: str
+    source: str
+    """where its trainer has the keys and their defaults, and in which version"""
     recognize: Callable[[dict[str, Any]], bool]
     rules: list[Rule]
     """of those that match a key, the first one counts"""
@@ -60,9 +61,57 @@ class Format:
     """their keys with the values that a recipe has where it does not set them"""
     includes: dict[str, str] = field(default_factory=dict)
     """their key that names a file -> the prefix of the keys of that file"""
+    differs: Sequence[str] = ()
+    """what no key of theirs or ours says, and is not the same"""
 
     def rule_of(self, key: str) -> Rule | None:
         return next((rule for rule in self.rules if rule.matches(key)), None)
+
+
+_DECISIVE = (
+    "training.seq_len",
+    "training.local_batch_size",
+    "training.seed",
+    "training.max_norm",
+    "training.param_dtype",
+    "optimizer.name",
+    "optimizer.lr",
+    "optimizer.betas",
+    "optimizer.eps",
+    "optimizer.weight_decay",
+    "lr_scheduler.decay_type",
+    "data.packing",
+    "data.long_documents",
+    "data.train_on",
+    "checkpoint.enable",
+    "checkpoint.export",
+    "validation.enable",
+)
+
+
+def decisive(settings: Flat) -> list[str]:
+    """Return our keys that decide what such a run trains, and keeps of it.
+
+    A migrated config sets each of them, so that no default of ours stands in place of theirs. What
+    only changes memory and speed is not among them.
+    """
+    keys = [*_DECISIVE]
+    if all("train_on" in source for source in settings.get("data.mixture", [{}])):
+        keys.remove("data.train_on")
+    if settings.get("lr_scheduler.decay_type") != "constant":
+        keys.append("lr_scheduler.min_lr_ratio")
+    if settings.get("checkpoint.enable", True):
+        keys += ["checkpoint.interval", "checkpoint.keep_latest_k"]
+    if settings.get("lora.rank"):
+        keys += ["lora.alpha", "lora.dropout", "lora.target_modules"]
+    if settings.get("loss.name", "cross_entropy") != "cross_entropy":
+        keys.append("loss.beta")
+    for one, other in (
+        ("training.steps", "training.epochs"),
+        ("lr_scheduler.warmup_steps", "lr_scheduler.warmup_ratio"),
+    ):
+        keys.append(other if other in settings else one)
+    return keys
 
 
 # --- kinds of rules -------------------------------------------------------------------------------
@@ -126,9 +175,9 @@ def choice(
 
     def become(value: Any, _: Flat) -> Flat:
         key = value.lower() if isinstance(value, str) else value
-        if key in unknown:
+        if isinstance(key, Hashable) and key in unknown:
             raise Lost(unknown[key])
-        if key not in known:
+        if not isinstance(key, Hashable) or key not in known:
             raise Lost(f"known values are {', '.join(map(str, [*known, *unknown]))}")
         return known[key]
 
@@ -174,6 +223,51 @@ def dtype(theirs: str, **others: Flat) -> Rule:
     return choice(theirs, "training.param_dtype", {**names, **others}, {"fp16 float16": FP16})
 
 
+NO_DECAY = "norms and biases, which have no weight decay there, have it here"
+MIXED = "rows of all sources are one set there: set the weight of each source to its share"
+ONE_STEP_LATER = (
+    "with a warm-up, the first step there has a learning rate of 0, and each later one that of the "
+    "step before it here"
+)
+BF16_WEIGHTS = (
+    "weights that are loaded in bf16 may be trained in bf16 there; the master weights are in fp32 "
+    "here, unless optimizer.stochastic_rounding"
+)
+SHARE_HELD_OUT = "one document of a hundred is held out here, whatever the share"
+
+
+def weight_decay(theirs: str, has_adapters: Callable[[Flat], bool]) -> Rule:
+    """The rule of weight decay where transformers' trainer, or its like, applies it."""
+
+    def become(value: Any, values: Flat) -> Flat:
+        found = {"optimizer.weight_decay": value}
+        if float(value) and not has_adapters(values):  # adapters are matrices alone
+            raise Lost(NO_DECAY, found)
+        return found
+
+    return computed(theirs, "optimizer.weight_decay", become)
+
+
+def sources(found: Sequence[tuple[Flat, str]]) -> Flat:
+    """Return [data] of several sources: the keys of each, and what of it is lost."""
+    each = [keys for keys, _ in found if keys]
+    why = [lost for _, lost in found if lost]
+    if len(each) == 1:
+        data = {f"data.{key}": one for key, one in each[0].items()}
+    else:
+        data = {"data.mixture": each} if each else {}
+    if len(each) > 1 and not any("weight" in keys for keys in each):
+        why.append(MIXED)
+    if why:
+        raise Lost("; ".join(why), data)
+    return data
+
+
+def in_list(theirs: str, ours: str) -> Rule:
+    """Keys of a list of names, which may be one name."""
+    return computed(theirs, ours, lambda v, _: {ours: [v] if isinstance(v, str) else v})
+
+
 def accumulation(*, batch: str, sequence: Sequence[str]) -> Rule:
     """The rule of how many micro-batches a rank has in a step.
 
@@ -182,19 +276,19 @@ def accumulation(*, batch: str, sequence: Sequence[str]) -> Rule:
     """
 
     def become(steps: int, values: Flat) -> Flat:
-        if steps == 1:
+        if int(steps) == 1:
             return {}
         ranks = values["--ranks"]
         if not ranks:
             raise Lost("training.global_batch_size depends on the number of GPUs: give --ranks")
-        degree = max(int(values.get(key) or 1) for key in sequence)
+        degree = max((int(values.get(key) or 1) for key in sequence), default=1)
         data, left = divmod(ranks, degree)
         if left:
             raise Lost(f"--ranks {ranks} cannot be divided by {degree} ranks of a sequence")
-        return {"training.global_batch_size": steps * int(values.get(batch) or 1) * data}
+        return {"training.global_batch_size": int(steps) * int(values.get(batch) or 1) * data}
 
     ours = "`training.global_batch_size`, with `--ranks`"
-    return computed("gradient_accumulation_steps", ours, become)
+    return computed("gradient_accumulation_steps", ours, become, "one micro-batch a step")
 
 
 def betas(first: str, second: str, *, defaults: tuple[float, float]) -> Rule:
@@ -234,7 +328,12 @@ def deepspeed(prefix: str) -> list[Rule]:
     zero, auto = f"{prefix}.zero_optimization", "other keys say it"
 
     def unless_auto(theirs: str, ours: str) -> Rule:
-        return computed(theirs, ours, lambda value, _: {} if value == "auto" else {ours: value})
+        return computed(
+            theirs,
+            ours,
+            lambda value, _: {} if value == "auto" else {ours: value},
+            "auto: others say",
+        )
 
     return [
         needless(f"{zero}.stage", "FSDP2 shards parameters, gradients and optimizer state"),
@@ -258,4 +357,5 @@ def deepspeed(prefix: str) -> list[Rule]:
         needless(f"{prefix}.activation_checkpointing.*", "see activation_checkpoint.mode"),
         needless(f"{prefix}.steps_per_print", "see metrics.log_interval"),
         needless(f"{prefix}.wall_clock_breakdown", "see [profiling]"),
+        needless(f"{prefix}.zero_allow_* {prefix}.zero_force_*", "it is about DeepSpeed itself"),
     ]

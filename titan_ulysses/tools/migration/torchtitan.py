@@ -1,8 +1,8 @@
-"""Configs of torchtitan up to 0.2.2 (torchtitan/config/job_config.py; before 0.2.0 it was
-torchtitan/config_manager.py), whose sections are like ours.
-"""
+"""Configs of torchtitan up to 0.2.2, whose sections are like ours. Later ones are in Python."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from titan_ulysses.tools.migration import key_rules as to
 from titan_ulysses.tools.migration.key_rules import Flat, Lost
@@ -23,8 +23,20 @@ def _tokenizer(value: str, _: Flat) -> Flat:
     return {"model.tokenizer": value}
 
 
+_ANY = "any: each run has another"
+
+
+def _seed(value: Any, values: Flat) -> Flat:
+    if value == _ANY and values.get("training.seed") is not None:
+        return {}
+    if value == _ANY:
+        raise Lost("training.seed is 0 unless it is set", {"training.seed": 0})
+    return {"training.seed": value}
+
+
 TORCHTITAN = to.Format(
     "torchtitan",
+    "torchtitan/config/job_config.py of 0.2.2; before 0.2.0, torchtitan/config_manager.py",
     lambda table: (
         "training" in table
         and bool({"flavor", "hf_assets_path", "name"} & {*table.get("model", {})})
@@ -164,21 +176,43 @@ TORCHTITAN = to.Format(
         ),
         to.only("validation.local_batch_size", (1,), "it is that of training"),
         to.lost("validation.seq_len", "it is that of training"),
-        to.same("debug.seed", "training.seed"),
+        to.computed("debug.seed", "training.seed", _seed),
+        to.computed(
+            "(documents)",
+            "`data.packing`, `data.long_documents`, `data.train_on`",
+            lambda *_: {
+                "data.packing": "concat",
+                "data.long_documents": "split",
+                "data.train_on": "all",
+            },
+        ),
         to.same("debug.deterministic", "training.deterministic"),
     ],
     {
         "training.local_batch_size": 8,
         "training.steps": 10000,
+        "training.seq_len": 2048,
+        "training.max_norm": 1.0,
+        "training.mixed_precision_param": "bfloat16",
+        "training.dataset": "c4_test",
+        "debug.seed": _ANY,
+        "(documents)": "end to end",
+        "optimizer.name": "AdamW",
+        "optimizer.beta2": 0.95,
+        "optimizer.eps": 1e-8,
+        "optimizer.weight_decay": 0.1,
         "optimizer.lr": 8e-4,
         "lr_scheduler.warmup_steps": 200,
         "lr_scheduler.decay_type": "linear",
         "lr_scheduler.min_lr_factor": 0.0,
         "metrics.log_freq": 10,
         "checkpoint.enable": False,
+        "checkpoint.interval": 500,
+        "validation.enable": False,
         "checkpoint.keep_latest_k": 10,
         "checkpoint.last_save_in_hf": False,
         "validation.freq": 10,
         "validation.steps": -1,
     },
+    differs=["documents of a sequence see each other there, unless the flavor has a block mask"],
 )

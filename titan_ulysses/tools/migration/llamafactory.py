@@ -1,0 +1,305 @@
+"""Recipes of LLaMA-Factory, with the data sets of its dataset_info.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from titan_ulysses.tools.migration import key_rules as to
+from titan_ulysses.tools.migration import training_arguments as hf
+from titan_ulysses.tools.migration.key_rules import Flat, Lost
+
+_ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
+_SHAREGPT = {"messages": "conversations"}
+_TAGS = {
+    "role_tag": "from",
+    "content_tag": "value",
+    "user_tag": "human",
+    "assistant_tag": "gpt",
+    "observation_tag": "observation",
+    "function_tag": "function_call",
+    "system_tag": "system",
+}
+_ROLES = {"user": "user", "assistant": "assistant", "observation": "tool", "system": "system"}
+_TRUNCATED = "what is longer than cutoff_len is cut there, and the rest is lost"
+
+
+def _dataset(name: str, values: Flat) -> tuple[Flat, str]:
+    """Return the keys of a source for an entry of dataset_info.json, and what of it is lost."""
+    if "--dataset_info" not in values:
+        return {}, f"{name}: there is no dataset_info.json in a dataset_dir near the recipe"
+    if (entry := values["--dataset_info"].get(name)) is None:
+        return {}, f"{name}: dataset_info.json does not name it"
+    columns, lost = dict(entry.get("columns", {})), []
+    if path := entry.get("hf_hub_url"):
+        found: Flat = {"path": path}
+    elif "file_name" in entry:
+        found = {"path": f"{values['dataset_dir']}/{entry['file_name']}"}
+    else:
+        return {}, f"{name}: it is neither a file nor a data set of the Hugging Face hub"
+    if "split" in entry and entry["split"] != "train":
+        found["split"] = entry["split"]
+    if "subset" in entry:
+        found["subset"] = entry["subset"]
+    is_file = str(found["path"]).endswith((".json", ".jsonl", ".parquet"))
+    is_sharegpt = entry.get("formatting", "alpaca") in ("sharegpt", "openai")
+    if values["stage"] == "pt":
+        found |= {"source": "jsonl" if is_file else "hf"}
+        found["text_field"] = columns.pop("prompt", "instruction")
+    elif values["stage"] == "dpo":
+        prompt = columns.pop("messages" if is_sharegpt else "prompt", None)
+        found |= {"source": "preference"}
+        found["prompt_field"] = prompt or ("conversations" if is_sharegpt else "instruction")
+        found |= {f"{one}_field": columns.pop(one, one) for one in ("chosen", "rejected")}
+    elif values["stage"] == "kto":
+        return found | {"source": "unpaired"}, f"{name}: its columns: name them (data.label_field)"
+    elif is_sharegpt:
+        found |= _conversations(entry, columns)
+    else:
+        found |= _instructions(columns)
+    lost += [f"columns.{key}" for key in columns if key not in ("images", "videos")]
+    lost += [key for key in ("num_samples", "folder") if key in entry]
+    return found, f"{name}: {', '.join(lost)}" if lost else ""
+
+
+def _conversations(entry: Flat, columns: Flat) -> Flat:
+    tags = _TAGS | entry.get("tags", {})
+    found: Flat = {"source": "chat"}
+    found["messages_field"] = columns.pop("messages", _SHAREGPT["messages"])
+    if "tools" in columns:
+        found["tools_field"] = columns.pop("tools")
+    fields = {"role": tags["role_tag"], "content": tags["content_tag"]}
+    if fields not in ({"role": "from", "content": "value"}, {"role": "role", "content": "content"}):
+        found["message_fields"] = fields
+    roles = {tags[f"{theirs}_tag"]: ours for theirs, ours in _ROLES.items()}
+    known = {"human": "user", "gpt": "assistant"} | {one: one for one in _ROLES.values()}
+    if others := {k: v for k, v in roles.items() if known.get(k) != v and k != "observation"}:
+        found["roles"] = others
+    return found
+
+
+def _instructions(columns: Flat) -> Flat:
+    names = {key: columns.pop(key) for key in _ALPACA if key in columns}
+    if not names or names == _ALPACA:
+        return {"source": "chat"}  # rows of Alpaca are known
+    if names.get("query"):
+        columns["query"] = names["query"]
+    found: Flat = {"source": "chat", "prompt_field": names.get("prompt", _ALPACA["prompt"])}
+    return found | {"completion_field": names.get("response", _ALPACA["response"])}
+
+
+def _names(value: Any) -> list[str]:
+    return value if isinstance(value, list) else [one.strip() for one in str(value).split(",")]
+
+
+def _datasets(value: Any, values: Flat) -> Flat:
+    found = [_dataset(name, values) for name in _names(value)]
+    if shares := values.get("interleave_probs"):
+        for (keys, _), share in zip(found, _names(shares), strict=True):
+            if keys:
+                keys["weight"] = float(share)
+    return to.sources(found)
+
+
+def _stage(_: str, values: Flat) -> Flat:
+    value = values["stage"]
+    if value in ("sft", "pt"):
+        return {}
+    names = {"sigmoid": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
+    name = "kto" if value == "kto" else names.get(values["pref_loss"]) if value == "dpo" else None
+    if not name:
+        raise Lost("docs/trainers.md has TRL's trainers in sequence parallelism")
+    return {"loss.name": name}
+
+
+def _of_preferences(ours: str, *stages: str) -> Any:
+    return lambda value, values: {ours: value} if values["stage"] in stages else {}
+
+
+def _packing(value: Any, values: Flat) -> Flat:
+    """packing and neat_packing: those of pretraining are packed unless they say no."""
+    stage, neat = values["stage"], values.get("neat_packing")
+    packs = neat or (stage == "pt" if value == "of pretraining" else value)
+    if stage == "pt" or values.get("streaming"):
+        if values.get("streaming") and not packs:
+            raise Lost("what is read during training is packed", {"data.packing": "concat"})
+        return {"data.packing": "concat" if packs else "none"}
+    if stage != "sft" or not packs:
+        return {"data.packing": "none"}
+    if not neat:
+        raise Lost(
+            "without neat_packing, documents see each other there", {"data.packing": "best_fit"}
+        )
+    return {"data.packing": "best_fit"}
+
+
+def _trained(_: bool, values: Flat) -> Flat:
+    if values["train_on_prompt"]:
+        return {"data.train_on": "all"}
+    return {"data.train_on": "last" if values.get("mask_history") else "assistant"}
+
+
+def _length(value: int, values: Flat) -> Flat:
+    found = {"training.seq_len": value, "data.long_documents": "split"}
+    if values["stage"] == "pt" and values.get("packing") is not False:
+        return found
+    raise Lost(_TRUNCATED, found)
+
+
+def _is_lora(values: Flat) -> bool:
+    return bool(values["finetuning_type"] == "lora")
+
+
+def _rank(value: int, values: Flat) -> Flat:
+    return {"lora.rank": value} if _is_lora(values) else {}
+
+
+def _alpha(value: Any, values: Flat) -> Flat:
+    if not _is_lora(values):
+        return {}
+    return {"lora.alpha": 2 * values["lora_rank"] if value == "2 x lora_rank" else value}
+
+
+def _targets(value: Any, values: Flat) -> Flat:
+    names = [] if value == "all" else _names(value)
+    return {"lora.target_modules": names} if _is_lora(values) else {}
+
+
+def _of_lora(ours: str) -> Any:
+    return lambda value, values: {ours: value} if _is_lora(values) else {}
+
+
+def _precision(value: bool, values: Flat) -> Flat:
+    if value or values.get("pure_bf16"):
+        return {"training.param_dtype": "bfloat16"}
+    raise Lost("the dtype of config.json", {"training.param_dtype": "bfloat16"})
+
+
+LLAMA_FACTORY = to.Format(
+    "LLaMA-Factory",
+    "src/llamafactory/hparams/ and data/parser.py of 0.9.6.dev0 (ff6d4d1, August 2026); what "
+    f"stands there in neither, in {hf.SOURCE}",
+    lambda table: (
+        "model_name_or_path" in table
+        and bool({"stage", "finetuning_type", "cutoff_len", "template"} & {*table})
+    ),
+    [
+        to.same("model_name_or_path", "model.path"),
+        to.only("model_revision", ("main",), "download that revision"),
+        to.lost("adapter_name_or_path", "merge the adapter into the model first"),
+        to.needless(
+            "use_fast_tokenizer cache_dir low_cpu_mem_usage", "HF_HOME says where files are"
+        ),
+        to.lost("trust_remote_code", "code of a model folder is never run"),
+        to.computed("stage pref_loss", "loss.name", _stage, "sft and pt are cross_entropy"),
+        to.only("finetuning_type", ("full", "lora"), "set model.freeze, or lora.rank"),
+        to.computed("lora_rank", "lora.rank", _rank, "of finetuning_type lora"),
+        to.computed("lora_alpha", "lora.alpha", _alpha, "of finetuning_type lora"),
+        to.computed("lora_dropout", "lora.dropout", _of_lora("lora.dropout"), "of lora"),
+        to.computed("lora_target", "lora.target_modules", _targets, "all: all but the head"),
+        to.computed("use_rslora", "lora.use_rslora", _of_lora("lora.use_rslora"), "of lora"),
+        to.computed("use_dora", "lora.use_dora", _of_lora("lora.use_dora"), "of lora"),
+        to.choice(
+            "quantization_bit", "lora.quantize_base", {4: "nf4"}, {8: "no weights in 8 bits"}
+        ),
+        to.only("quantization_method quantization_type", ("bnb", "nf4"), "only nf4"),
+        to.needless("double_quantization", "its scales are quantized too"),
+        to.lost("additional_target create_new_adapter", "only adapters are trained"),
+        to.lost(
+            "loraplus_* pissa_*", "one learning rate, and the first adapters are those of peft"
+        ),
+        to.lost(
+            "use_galore galore_* use_apollo apollo_* use_badam badam_* use_adam_mini use_muon",
+            "see optimizer.name",
+        ),
+        to.lost("use_llama_pro freeze_*", "name what is frozen in model.freeze, or model.vision"),
+        to.lost("use_dft_loss use_asft_loss asft_* use_eaft_loss eaft_* ld_alpha", "no such loss"),
+        to.lost("pref_ftx pref_bco_weight", "no other loss is added"),
+        to.computed(
+            "pref_beta", "`loss.beta`, of dpo and kto", _of_preferences("loss.beta", "dpo", "kto")
+        ),
+        to.same("dpo_label_smoothing", "loss.label_smoothing"),
+        to.same("kto_chosen_weight", "loss.desirable_weight"),
+        to.same("kto_rejected_weight", "loss.undesirable_weight"),
+        to.same("simpo_gamma", "loss.simpo_gamma"),
+        to.same("ref_model", "loss.reference"),
+        to.lost("ref_model_* reward_model* ppo_*", "no such model"),
+        to.computed("dataset", "`data.source`, `data.path` and others", _datasets),
+        to.needless("dataset_dir media_dir", "data.path has it"),
+        to.needless("interleave_probs", "weights of data.mixture"),
+        to.only(
+            "mix_strategy", ("concat", "interleave_over"), "each source begins again at its end"
+        ),
+        to.lost("eval_dataset", "name the file in validation.path"),
+        to.lost("val_size", to.SHARE_HELD_OUT),
+        to.lost("template tool_format default_system", "the tokenizer's own chat template is used"),
+        to.lost("enable_thinking preserve_thinking", "the chat template says it"),
+        to.computed("cutoff_len", "`training.seq_len`, `data.long_documents`", _length),
+        to.computed("packing neat_packing", "data.packing", _packing),
+        to.computed("train_on_prompt mask_history", "data.train_on", _trained),
+        to.same("streaming", "data.streaming"),
+        to.needless(
+            "buffer_size overwrite_cache preprocessing_* data_shared_file_system", "chosen"
+        ),
+        to.lost("max_samples", "prepare a part of the data in advance"),
+        to.lost("tokenized_path", "data.cache_folder keeps tokenized data"),
+        to.lost("disable_shuffling", "data is shuffled"),
+        to.only("ignore_pad_token_for_loss", (True,), "padding is not trained on"),
+        to.choice(
+            "flash_attn",
+            "model.attention",
+            {"auto fa2 fa3": None, "sdpa": "sdpa"},
+            {"disabled": "eager attention builds an S x S matrix"},
+            to.FLASH,
+        ),
+        to.lost("shift_attn mixture_of_depths", "each layer attends to all tokens"),
+        to.lost("rope_scaling", "set model.rope_scaling with a factor"),
+        to.lost("resize_vocab add_tokens add_special_tokens", "see model.resize_embeddings"),
+        to.choice(
+            "disable_gradient_checkpointing",
+            "activation_checkpoint.mode",
+            {True: "none", False: "full"},
+        ),
+        to.needless("use_reentrant_gc use_unsloth* use_v1_kernels", "blocks are checkpointed"),
+        to.needless("upcast_lmhead_output", "the loss is in fp32"),
+        to.lost("upcast_layernorm moe_aux_loss_coef", "config.json says it"),
+        to.lost("train_from_scratch", "set [model.config] in place of model.path"),
+        to.computed("bf16", "`true`: `training.param_dtype`", _precision),
+        to.choice(
+            "pure_bf16",
+            "optimizer.stochastic_rounding",
+            {False: None},
+            {True: "master weights are in fp32, unless optimizer.stochastic_rounding"},
+        ),
+        to.same("fp8", "quantize.float8"),
+        to.needless("fp8_*", "float8 of each linear layer of the blocks"),
+        to.same("image_max_pixels", "data.max_pixels"),
+        to.same("video_fps", "data.video_fps"),
+        to.same("video_maxlen", "data.max_frames"),
+        to.same("hyper_parallel_cp_size", to.SEQUENCE, "Ulysses in place of a ring"),
+        to.lost("use_hyper_parallel hyper_parallel_args", "FSDP2 of each block"),
+        to.same("early_stopping_steps", "validation.patience"),
+        to.needless("compute_accuracy", "the loss is what is validated"),
+        to.lost("use_swanlab swanlab_*", "there are TensorBoard and Weights & Biases"),
+        to.needless("ray_* master_addr master_port", "torchrun starts the ranks"),
+        to.needless("infer_* vllm_* sglang_* export_* print_param_status", "of other commands"),
+        *hf.rules(sequence=["hyper_parallel_cp_size"], has_adapters=_is_lora),
+    ],
+    hf.DEFAULTS
+    | {
+        "stage": "sft",
+        "pref_loss": "sigmoid",
+        "pref_beta": 0.1,
+        "finetuning_type": "lora",
+        "lora_rank": 8,
+        "lora_alpha": "2 x lora_rank",
+        "lora_dropout": 0.0,
+        "lora_target": "all",
+        "dataset_dir": "data",
+        "cutoff_len": 2048,
+        "packing": "of pretraining",
+        "train_on_prompt": False,
+        "disable_gradient_checkpointing": False,
+    },
+    includes={"dataset_dir": "dataset_info", "deepspeed": "deepspeed"},
+    differs=[to.ONE_STEP_LATER],
+)
