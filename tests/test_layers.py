@@ -75,7 +75,7 @@ def drawn(number: int):
         # What is quantized has a smallest size.
         quantized = ["none", "nf4"] if is_wide else ["none"]
         optimizers = ["adamw", "muon"] + ["adamw8bit"] * (is_wide and world == 1)
-        adapters = random.random() < 0.3
+        adapters = random.random() < 0.3 and model != "qwen3_next"  # peft refuses its experts
         settings = {
             "plan.world_size": world,
             "parallelism.sequence_parallel_degree": random.choice([1, 2, 4]),
@@ -163,4 +163,6 @@ def test_few_layers_tell_what_all_do(case):
     found, expected = all_of(short), all_of(whole)
     for what in expected:
         assert found[what] == expected[what], what
-    assert short.layers < whole.layers, "all layers were simulated"
+    # With replicas, a layer can take the buffer of the layer before: then all are simulated.
+    is_replicated = setup.degrees.replicate > 1
+    assert short.layers < whole.layers or is_replicated, "all layers were simulated"

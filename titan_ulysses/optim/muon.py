@@ -94,7 +94,8 @@ def orthogonal(update: Tensor, p: Tensor) -> Tensor:
     whole = newton_schulz(sharded.full_tensor())
     shape, offset = local_box(p)
     for dim, (begin, size) in enumerate(zip(offset, shape, strict=True)):
-        whole = whole.narrow(dim, min(begin, whole.shape[dim]), size)
+        # The offset of an empty shard can be beyond the end, and that of a simulation is a guess.
+        whole = whole.narrow(dim, min(begin, whole.shape[dim] - size), size)
     return whole.to(update.device, update.dtype)
 
 

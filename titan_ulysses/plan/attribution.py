@@ -43,6 +43,7 @@ class Owner(NamedTuple):
 
 OUTSIDE = Owner("other", "the step")
 """The owner of operations that belong to no module."""
+_OPTIMIZER = Owner("optimizer", "the optimizer")
 
 
 class Attribution:
@@ -100,7 +101,7 @@ class Attribution:
     def here(self) -> Owner:
         """Return the owner of the current operation. Must be called at every operation."""
         if self._optimizer_runs:
-            owner = Owner("optimizer", "the optimizer")
+            owner = _OPTIMIZER
         elif self._running:
             owner = self._running[-1]
         else:

@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -123,7 +124,11 @@ class CostCounter:
 
     def _of(self, func, args: tuple, kwargs: dict, result) -> tuple[str, Amount]:
         """Return the kind and the amount of an operation's cost."""
-        if func in _ATTENTION:
+        kind = _counted_as(func)
+        if kind == "moved":
+            values = (args, kwargs) if func._opname in _OVERWRITE else (args, kwargs, result)
+            return "other kernels", sum([x.numel() * x.element_size() for x in tensors_in(values)])
+        if kind == "attention":
             backward = _ATTENTION[func] == 5
             query, key = args[1:3] if backward else args[:2]
             pairs = self._scores.get(self._tracker.attribution.here().layer) or _causal_pairs(
@@ -131,20 +136,30 @@ class CostCounter:
             )
             products = _ATTENTION[func] * 2 * query.shape[0] * query.shape[1] * query.shape[3]
             return f"attention {'backward' if backward else 'forward'}", products * pairs
-        packet = func._overloadpacket
-        if packet is torch.ops.aten._grouped_mm:
+        if kind == "experts":
             return "matmul", _grouped_flops(*args[:2])
-        if packet in flop_registry:
+        if kind == "matmul":
             # torch's formulas do not expect the output dtype that some products take.
             shapes = [x for x in args if not isinstance(x, torch.dtype)]
-            return "matmul", flop_registry[packet](*shapes, **kwargs, out_val=result)
-        if func.namespace == "aten" and not func.is_view and func._opname not in _MOVE_NOTHING:
-            moved = (args, kwargs) if func._opname in _OVERWRITE else (args, kwargs, result)
-            sizes = (x.numel() * x.element_size() for x in tensors_in(moved))
-            return "other kernels", sum(sizes)
-        if func._opname == "all_to_all_single":
+            return "matmul", flop_registry[func._overloadpacket](*shapes, **kwargs, out_val=result)
+        if kind == "exchange":
             return "exchange", args[0].numel() * args[0].element_size()
         return "", 0
+
+
+@cache
+def _counted_as(func) -> str:
+    """Return what the cost of an operator follows from; empty where it has none."""
+    packet = func._overloadpacket
+    if func in _ATTENTION:
+        return "attention"
+    if packet is torch.ops.aten._grouped_mm:
+        return "experts"
+    if packet in flop_registry:
+        return "matmul"
+    if func.namespace == "aten" and not func.is_view and func._opname not in _MOVE_NOTHING:
+        return "moved"
+    return "exchange" if func._opname == "all_to_all_single" else ""
 
 
 def _grouped_flops(a: Tensor, b: Tensor) -> int:

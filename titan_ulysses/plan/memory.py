@@ -156,19 +156,19 @@ class MemoryTracker(History, TorchDispatchMode):
             # here again, on plain tensors.
             return NotImplemented
         kwargs = kwargs or {}
-        if func is torch.ops._c10d_functional.wait_tensor.default:
+        if func is _WAIT:
             # It returns its argument. On fake tensors it would make a new tensor.
             return args[0]
-        if _is_real(types, args, kwargs):
+        if FakeTensor not in types and _is_real(types, args, kwargs):
             # Real tensors, such as the state of a random number generator, stay real.
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is _SCALAR:
             return 1  # the optimizer's step count, which it keeps on the host
-        if func is torch.ops.aten.empty_strided.default or self._in_shape_propagation:
+        if func is _EMPTY_STRIDED or self._in_shape_propagation:
             # To find the shape of a result, DTensor makes whole (unsharded) tensors and runs the
             # operation on them. Neither takes memory in a real run.
-            self._in_shape_propagation = func is torch.ops.aten.empty_strided.default
+            self._in_shape_propagation = func is _EMPTY_STRIDED
             return func(*args, **kwargs)
         if func.is_view:  # half of all operations: they take no memory and no time
             if self.attribution is not None:
@@ -197,7 +197,7 @@ class MemoryTracker(History, TorchDispatchMode):
         component = _fsdp_component(func)
         if component is None and self._brings_parameter(func, args):
             component = "gathered parameters"
-        results = [*tensors_in((result, kwargs.get("out")))]
+        results = tensors_in((result, kwargs.get("out")))
         layers = [self.layer] * len(results)
         if len(results) > 1 and isinstance(args[0], (list, tuple)) and self.layer is None:
             layers = [self._layer_of(x) for x in args[0]]  # an operation for each of a list
@@ -236,7 +236,7 @@ class MemoryTracker(History, TorchDispatchMode):
         """Return the layer that the tensors in value are of; None if they are not of one. Where
         there is no tensor, the layer of the operation before.
         """
-        tensors = [*tensors_in(value)]
+        tensors = tensors_in(value)
         known = (self._alive.get(x.untyped_storage()._cdata) for x in tensors)
         layers = {found[0].layer for found in known if found is not None} - {None}
         if not tensors:
@@ -392,6 +392,9 @@ class MemoryTracker(History, TorchDispatchMode):
 
 
 _DEVICE, _META = torch.ops.prim.device.default, torch.device("meta")
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
+_SCALAR = torch.ops.aten._local_scalar_dense.default
+_EMPTY_STRIDED = torch.ops.aten.empty_strided.default
 _CASTS = {torch.ops.aten._to_copy.default}
 _COPIES = _CASTS | {torch.ops.aten.copy_.default}
 
@@ -414,7 +417,11 @@ def creating_functions() -> tuple[str, ...]:
     found: list[str] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and len(found) < _MAKERS:
-        name = _maker(frame.f_code)
+        code = frame.f_code
+        # By id, because the hash of a code object is that of all that it consists of.
+        _, name = _known_makers.get(id(code)) or _known_makers.setdefault(
+            id(code), (code, _maker(code))
+        )
         if name == "checkpointing._run":
             break
         if name and name not in found:
@@ -423,7 +430,9 @@ def creating_functions() -> tuple[str, ...]:
     return tuple(found)
 
 
-@cache
+_known_makers: dict[int, tuple[CodeType, str]] = {}
+
+
 def _maker(code: CodeType) -> str:
     """Return a function's name in `creating_functions`, or an empty string for other functions."""
     file = Path(code.co_filename)
@@ -464,18 +473,33 @@ def _is_real(types, args, kwargs) -> bool:
     """
     if any(issubclass(t, FakeTensor) for t in types):
         return False
-    tensors = [*tensors_in((args, kwargs))]
+    tensors = tensors_in((args, kwargs))
     return bool(tensors) and not any(x.is_meta for x in tensors)
 
 
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, tuples and dicts: `tree_leaves` for an operator's
-    arguments and results, at a fifth of its time.
+def tensors_in(value: object) -> list[Tensor]:
+    """Return the tensors in nested lists, tuples and dicts: `tree_leaves` for an operator's
+    arguments and results, at a tenth of its time.
     """
-    if isinstance(value, Tensor):
-        yield value
+    found: list[Tensor] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: object, found: list[Tensor]) -> None:
+    kind = type(value)
+    if kind is FakeTensor:
+        found.append(value)  # type: ignore[arg-type]
+    elif kind in _NO_TENSORS:
+        return
+    elif isinstance(value, Tensor):
+        found.append(value)
     elif isinstance(value, (list, tuple)):
         for x in value:
-            yield from tensors_in(x)
+            _collect(x, found)
     elif isinstance(value, dict):
-        yield from tensors_in([*value.values()])
+        for x in value.values():
+            _collect(x, found)
+
+
+_NO_TENSORS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size))

@@ -364,6 +364,7 @@ class _Rank:
         chunk = chunk_length(
             model.sharding.stream_chunk_tokens, training.seq_len, self.spec.degrees.sequence
         )
+        tracker.layer = None  # and not that of the last operation of the optimizer
         batches = [_batch(self.spec, documents, chunk) for _ in range(accumulation)]
         label = "inputs: token ids, labels, positions"
         tracker.claim([vars(batch) for batch in batches], "other", label=label)
