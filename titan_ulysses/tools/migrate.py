@@ -167,6 +167,9 @@ class Migration:
                 self.off.append(key)
             else:
                 self.lost.append((key, value, "not known here"))
+        mentioned = {key for keys in self.origin.values() for key in keys}
+        mentioned |= {key for key, _, _ in [*self.needless, *self.lost]}
+        assert recipe.keys() <= mentioned | {*self.off}, "a key of the recipe is not mentioned"
         self._share_among_sources()
         self.settings |= dict(given or {})
         self.origin |= {key: ["given"] for key in given or {}}
@@ -289,7 +292,9 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = parser_of("migrate", __doc__)
-    parser.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="YAML or TOML")
+    parser.add_argument(
+        "recipe", type=Path, nargs="?", metavar="RECIPE", help="YAML, TOML, JSON or .sh"
+    )
     parser.add_argument("--from", dest="kind", choices=FORMATS, help="default: seen from its keys")
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="GPUs of the run, for keys that depend on them"

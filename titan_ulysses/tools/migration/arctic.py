@@ -80,7 +80,9 @@ _POSITIONS = "the model's max_position_embeddings"
 
 
 def _epochs(value: int, values: Flat) -> Flat:
-    return {} if values.get("train_iters") else {"training.epochs": value}
+    if values.get("train_iters") or values.get("min_iterations"):  # the latter repeats the data
+        return {}
+    return {"training.epochs": value}
 
 
 def _warmup(share: float, values: Flat) -> Flat:
@@ -126,7 +128,7 @@ ARCTIC = to.Format(
         to.accumulation(batch="micro_batch_size", sequence=["sequence_parallel_size"]),
         to.same("exit_iteration train_iters", "training.steps"),
         to.needless("min_iterations", "the data is repeated for training.steps"),
-        to.computed("epochs", "`training.epochs`, without train_iters", _epochs),
+        to.computed("epochs", "`training.epochs`, without train_iters and min_iterations", _epochs),
         to.same("seed data.seed", "training.seed"),
         to.same("sequence_parallel_size", to.SEQUENCE),
         to.only("expert_parallel_size", (1,), "no expert parallelism"),

@@ -394,7 +394,9 @@ AXOLOTL = to.Format(
         to.lost("eot_tokens", "the chat template marks what is trained"),
         to.lost("loss_watchdog_*", "training.skip_nonfinite, and loss_spike in the metrics"),
         to.needless("fsdp_version fsdp_final_state_dict_type", "FSDP2 is always used"),
-        to.needless("strict seed_of_ddp", "each key is checked"),
+        to.needless("strict", "each key is checked"),
+        to.needless("shuffle_merged_datasets streaming_multipack_buffer_size", "data is shuffled"),
+        to.only("pretrain_multipack_attn", (True,), "documents never see each other"),
         *hf.rules(
             sequence=["context_parallel_size", "sequence_parallel_degree"],
             has_adapters=lambda values: bool(values.get("adapter")),

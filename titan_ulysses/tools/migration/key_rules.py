@@ -226,8 +226,8 @@ def dtype(theirs: str, **others: Flat) -> Rule:
 NO_DECAY = "norms and biases, which have no weight decay there, have it here"
 MIXED = "rows of all sources are one set there: set the weight of each source to its share"
 ONE_STEP_LATER = (
-    "with a warm-up, the first step there has a learning rate of 0, and each later one that of the "
-    "step before it here"
+    "a warm-up begins with a learning rate of 0 there, a step further here; a decay ends one step "
+    "after the run there, with its last step here"
 )
 BF16_WEIGHTS = (
     "weights that are loaded in bf16 may be trained in bf16 there; the master weights are in fp32 "
@@ -246,6 +246,39 @@ def weight_decay(theirs: str, has_adapters: Callable[[Flat], bool]) -> Rule:
         return found
 
     return computed(theirs, "optimizer.weight_decay", become)
+
+
+def adapters(rank: str, targets: str, are_trained: Callable[[Flat], bool]) -> list[Rule]:
+    """The rules of LoRA. rank, targets: their keys; are_trained: whether a recipe has adapters."""
+
+    def rule(theirs: str, ours: str) -> Rule:
+        def become(value: Any, values: Flat) -> Flat:
+            if not are_trained(values):
+                return {}
+            if value == TWICE_THE_RANK:
+                value = 2 * int(values[rank])
+            if ours == "lora.target_modules":
+                names = value if isinstance(value, list) else str(value).split(",")
+                value = [] if {"all", "all-linear"} & {*names} else [*map(str.strip, names)]
+                if names == [OF_PEFT]:
+                    kept = {ours: ["q_proj", "v_proj"]}
+                    raise Lost("of llama, mistral, qwen and gemma they are q_proj and v_proj", kept)
+            return {ours: value}
+
+        return computed(theirs, ours, become, "of adapters")
+
+    return [
+        rule(rank, "lora.rank"),
+        rule("lora_alpha", "lora.alpha"),
+        rule("lora_dropout", "lora.dropout"),
+        rule(targets, "lora.target_modules"),
+        rule("use_rslora", "lora.use_rslora"),
+        rule("use_dora", "lora.use_dora"),
+    ]
+
+
+TWICE_THE_RANK = "twice the rank"
+OF_PEFT = "those that peft chooses for the type of the model"
 
 
 def sources(found: Sequence[tuple[Flat, str]]) -> Flat:

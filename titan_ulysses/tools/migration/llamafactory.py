@@ -149,25 +149,6 @@ def _is_lora(values: Flat) -> bool:
     return bool(values["finetuning_type"] == "lora")
 
 
-def _rank(value: int, values: Flat) -> Flat:
-    return {"lora.rank": value} if _is_lora(values) else {}
-
-
-def _alpha(value: Any, values: Flat) -> Flat:
-    if not _is_lora(values):
-        return {}
-    return {"lora.alpha": 2 * values["lora_rank"] if value == "2 x lora_rank" else value}
-
-
-def _targets(value: Any, values: Flat) -> Flat:
-    names = [] if value == "all" else _names(value)
-    return {"lora.target_modules": names} if _is_lora(values) else {}
-
-
-def _of_lora(ours: str) -> Any:
-    return lambda value, values: {ours: value} if _is_lora(values) else {}
-
-
 def _precision(value: bool, values: Flat) -> Flat:
     if value or values.get("pure_bf16"):
         return {"training.param_dtype": "bfloat16"}
@@ -192,28 +173,11 @@ LLAMA_FACTORY = to.Format(
         to.lost("trust_remote_code", "code of a model folder is never run"),
         to.computed("stage pref_loss", "loss.name", _stage, "sft and pt are cross_entropy"),
         to.only("finetuning_type", ("full", "lora"), "set model.freeze, or lora.rank"),
-        to.computed("lora_rank", "lora.rank", _rank, "of finetuning_type lora"),
-        to.computed("lora_alpha", "lora.alpha", _alpha, "of finetuning_type lora"),
-        to.computed("lora_dropout", "lora.dropout", _of_lora("lora.dropout"), "of lora"),
-        to.computed("lora_target", "lora.target_modules", _targets, "all: all but the head"),
-        to.computed("use_rslora", "lora.use_rslora", _of_lora("lora.use_rslora"), "of lora"),
-        to.computed("use_dora", "lora.use_dora", _of_lora("lora.use_dora"), "of lora"),
+        *to.adapters("lora_rank", "lora_target", _is_lora),
         to.choice(
             "quantization_bit", "lora.quantize_base", {4: "nf4"}, {8: "no weights in 8 bits"}
         ),
-        to.only("quantization_method quantization_type", ("bnb", "nf4"), "only nf4"),
-        to.needless("double_quantization", "its scales are quantized too"),
-        to.lost("additional_target create_new_adapter", "only adapters are trained"),
-        to.lost(
-            "loraplus_* pissa_*", "one learning rate, and the first adapters are those of peft"
-        ),
-        to.lost(
-            "use_galore galore_* use_apollo apollo_* use_badam badam_* use_adam_mini use_muon",
-            "see optimizer.name",
-        ),
         to.lost("use_llama_pro freeze_*", "name what is frozen in model.freeze, or model.vision"),
-        to.lost("use_dft_loss use_asft_loss asft_* use_eaft_loss eaft_* ld_alpha", "no such loss"),
-        to.lost("pref_ftx pref_bco_weight", "no other loss is added"),
         to.computed(
             "pref_beta", "`loss.beta`, of dpo and kto", _of_preferences("loss.beta", "dpo", "kto")
         ),
@@ -222,9 +186,9 @@ LLAMA_FACTORY = to.Format(
         to.same("kto_rejected_weight", "loss.undesirable_weight"),
         to.same("simpo_gamma", "loss.simpo_gamma"),
         to.same("ref_model", "loss.reference"),
-        to.lost("ref_model_* reward_model* ppo_*", "no such model"),
         to.computed("dataset", "`data.source`, `data.path` and others", _datasets),
         to.needless("dataset_dir media_dir", "data.path has it"),
+        to.needless("plot_loss", "report.html has it"),
         to.needless("interleave_probs", "weights of data.mixture"),
         to.only(
             "mix_strategy", ("concat", "interleave_over"), "each source begins again at its end"
@@ -232,7 +196,6 @@ LLAMA_FACTORY = to.Format(
         to.lost("eval_dataset", "name the file in validation.path"),
         to.lost("val_size", to.SHARE_HELD_OUT),
         to.lost("template tool_format default_system", "the tokenizer's own chat template is used"),
-        to.lost("enable_thinking preserve_thinking", "the chat template says it"),
         to.computed("cutoff_len", "`training.seq_len`, `data.long_documents`", _length),
         to.computed("packing neat_packing", "data.packing", _packing),
         to.computed("train_on_prompt mask_history", "data.train_on", _trained),
@@ -241,9 +204,7 @@ LLAMA_FACTORY = to.Format(
             "buffer_size overwrite_cache preprocessing_* data_shared_file_system", "chosen"
         ),
         to.lost("max_samples", "prepare a part of the data in advance"),
-        to.lost("tokenized_path", "data.cache_folder keeps tokenized data"),
         to.lost("disable_shuffling", "data is shuffled"),
-        to.only("ignore_pad_token_for_loss", (True,), "padding is not trained on"),
         to.choice(
             "flash_attn",
             "model.attention",
@@ -251,7 +212,6 @@ LLAMA_FACTORY = to.Format(
             {"disabled": "eager attention builds an S x S matrix"},
             to.FLASH,
         ),
-        to.lost("shift_attn mixture_of_depths", "each layer attends to all tokens"),
         to.lost("rope_scaling", "set model.rope_scaling with a factor"),
         to.lost("resize_vocab add_tokens add_special_tokens", "see model.resize_embeddings"),
         to.choice(
@@ -260,9 +220,6 @@ LLAMA_FACTORY = to.Format(
             {True: "none", False: "full"},
         ),
         to.needless("use_reentrant_gc use_unsloth* use_v1_kernels", "blocks are checkpointed"),
-        to.needless("upcast_lmhead_output", "the loss is in fp32"),
-        to.lost("upcast_layernorm moe_aux_loss_coef", "config.json says it"),
-        to.lost("train_from_scratch", "set [model.config] in place of model.path"),
         to.computed("bf16", "`true`: `training.param_dtype`", _precision),
         to.choice(
             "pure_bf16",
@@ -271,17 +228,11 @@ LLAMA_FACTORY = to.Format(
             {True: "master weights are in fp32, unless optimizer.stochastic_rounding"},
         ),
         to.same("fp8", "quantize.float8"),
-        to.needless("fp8_*", "float8 of each linear layer of the blocks"),
         to.same("image_max_pixels", "data.max_pixels"),
         to.same("video_fps", "data.video_fps"),
         to.same("video_maxlen", "data.max_frames"),
         to.same("hyper_parallel_cp_size", to.SEQUENCE, "Ulysses in place of a ring"),
-        to.lost("use_hyper_parallel hyper_parallel_args", "FSDP2 of each block"),
         to.same("early_stopping_steps", "validation.patience"),
-        to.needless("compute_accuracy", "the loss is what is validated"),
-        to.lost("use_swanlab swanlab_*", "there are TensorBoard and Weights & Biases"),
-        to.needless("ray_* master_addr master_port", "torchrun starts the ranks"),
-        to.needless("infer_* vllm_* sglang_* export_* print_param_status", "of other commands"),
         *hf.rules(sequence=["hyper_parallel_cp_size"], has_adapters=_is_lora),
     ],
     hf.DEFAULTS
@@ -291,7 +242,7 @@ LLAMA_FACTORY = to.Format(
         "pref_beta": 0.1,
         "finetuning_type": "lora",
         "lora_rank": 8,
-        "lora_alpha": "2 x lora_rank",
+        "lora_alpha": to.TWICE_THE_RANK,
         "lora_dropout": 0.0,
         "lora_target": "all",
         "dataset_dir": "data",

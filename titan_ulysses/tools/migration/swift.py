@@ -23,21 +23,11 @@ def _has_adapters(values: Flat) -> bool:
     return bool(values.get("train_type", values["tuner_type"]) != "full")
 
 
-def _of_adapters(ours: str) -> Any:
-    return lambda value, values: {ours: value} if _has_adapters(values) else {}
-
-
 def _tuner(_: str, values: Flat) -> Flat:
     name = values.get("train_type", values["tuner_type"])
     if name not in ("full", "lora"):
         raise Lost("there is LoRA, and training of all weights")
     return {}
-
-
-def _targets(value: Any, values: Flat) -> Flat:
-    names = value if isinstance(value, list) else [value]
-    found = {"lora.target_modules": [] if "all-linear" in names else names}
-    return found if _has_adapters(values) else {}
 
 
 def _learning_rate(value: Any, values: Flat) -> Flat:
@@ -192,28 +182,12 @@ SWIFT = to.Format(
         to.same("model", "model.path"),
         to.needless("model_type task_type", "config.json says it"),
         to.lost("model_revision", "download that revision"),
-        to.lost("adapters external_plugins custom_register_path model_kwargs", "not read"),
         to.computed("tuner_type train_type", "`full`, or `lora`: `lora.rank`", _tuner),
-        to.only("tuner_backend", ("peft",), "adapters are those of peft"),
-        to.computed("lora_rank", "lora.rank", _of_adapters("lora.rank"), "of lora"),
-        to.computed("lora_alpha", "lora.alpha", _of_adapters("lora.alpha"), "of lora"),
-        to.computed("lora_dropout", "lora.dropout", _of_adapters("lora.dropout"), "of lora"),
-        to.computed("target_modules", "lora.target_modules", _targets, "all-linear: no head"),
+        *to.adapters("lora_rank", "target_modules", _has_adapters),
         to.in_list("target_parameters", "lora.target_parameters"),
-        to.lost("target_regex modules_to_save", "lora.target_modules has patterns of names"),
-        to.only("lora_bias", ("none",), "only adapters are trained"),
-        to.only("init_weights", ("true", True), "the first adapters are those of peft"),
-        to.needless("lora_dtype", "adapters are in fp32"),
-        to.lost("lorap_lr_ratio", "one learning rate"),
-        to.same("use_rslora", "lora.use_rslora"),
-        to.same("use_dora", "lora.use_dora"),
         to.only("quant_method", ("bnb",), "of quantized weights there is nf4"),
         to.choice("quant_bits", "lora.quantize_base", {4: "nf4"}, {8: "no weights in 8 bits"}),
         to.only("bnb_4bit_quant_type", ("nf4",), "only nf4"),
-        to.needless("bnb_4bit_*", "its scales are quantized too"),
-        to.lost("freeze_* trainable_parameters*", "see model.freeze and model.vision"),
-        to.lost("optimizer use_galore galore_* lisa_*", "see optimizer.name"),
-        to.lost("vit_lr aligner_lr", "one learning rate"),
         to.computed("learning_rate", "optimizer.lr", _learning_rate),
         to.computed(
             "gradient_accumulation_steps",
@@ -228,26 +202,19 @@ SWIFT = to.Format(
         to.computed(
             "eval_strategy eval_steps", "`validation.enable`, `validation.interval`", _evaluates
         ),
-        to.lost("data_seed", "training.seed is of the weights and the order of the data"),
         to.same("streaming", "data.streaming"),
         to.needless("load_from_cache_file dataset_num_proc shuffle_buffer_size", "chosen"),
         to.needless("lazy_tokenize packing_num_proc packing_strategy", "see data.packing"),
         to.only("dataset_shuffle train_dataloader_shuffle", (True,), "data is shuffled"),
         to.choice("strict", "data.bad_lines", {True: "stop", False: "skip"}),
         to.needless("use_hf", "names are of the Hugging Face hub"),
-        to.lost("model_author model_name", "write them into the data"),
-        to.lost("columns custom_dataset_info cached_dataset", "name its columns in [data]"),
         to.lost("system template agent_template", "the tokenizer's own chat template is used"),
-        to.lost("enable_thinking preserve_thinking response_prefix", "the chat template says it"),
-        to.needless("template_backend add_non_thinking_prefix", "see the chat template"),
         to.only("use_chat_template", (True,), 'set data.source = "hf" and data.text_field'),
         to.computed("max_length", "training.seq_len", _length),
         to.computed("truncation_strategy", "data.long_documents", _long),
         to.computed("packing", "data.packing", _packing),
         to.needless("padding_free", "documents of a sequence never see each other"),
-        to.lost("packing_length", "it is training.seq_len"),
         to.computed("loss_scale", "data.train_on", _trained),
-        to.lost("loss_type enable_dft_loss enable_channel_loss", "no such loss"),
         to.same("max_pixels", "data.max_pixels"),
         to.computed("torch_dtype", "training.param_dtype", _precision),
         to.needless("bf16", "see torch_dtype"),
@@ -265,20 +232,13 @@ SWIFT = to.Format(
         to.lost("rope_scaling max_model_len", "set model.rope_scaling with a factor"),
         to.same("sequence_parallel_size", to.SEQUENCE),
         to.computed("deepspeed", "`memory.optimizer_offload`, of offload", _deepspeed, "FSDP2"),
-        to.needless("zero_hpz_partition_size", "set parallelism.data_parallel_replicate_degree"),
-        to.lost("deepspeed_autotp_size", to.NO_TENSOR),
-        to.lost("router_aux_loss_coef", "config.json says it"),
         to.needless("use_logits_to_keep use_flash_ckpt", "the loss is tiled"),
-        to.needless("vit_gradient_checkpointing check_model add_version", "not needed"),
-        to.needless("create_checkpoint_symlink safe_serialization max_shard_size", "see export/"),
         to.computed("rlhf_type", "loss.name", _loss, "of swift rlhf"),
         to.needless("beta simpo_gamma cpo_alpha", "see rlhf_type"),
         to.same("label_smoothing", "loss.label_smoothing"),
         to.same("desirable_weight", "loss.desirable_weight"),
         to.same("undesirable_weight", "loss.undesirable_weight"),
         to.same("ref_model", "loss.reference"),
-        to.lost("rpo_alpha ld_alpha loss_weights", "no other loss is added"),
-        to.lost("callbacks early_stop_interval eval_metric", "see [validation]"),
         *hf.rules(sequence=["sequence_parallel_size"], has_adapters=_has_adapters),
     ],
     hf.DEFAULTS

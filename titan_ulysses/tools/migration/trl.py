@@ -10,7 +10,6 @@ from titan_ulysses.tools.migration import key_rules as to
 from titan_ulysses.tools.migration import training_arguments as hf
 from titan_ulysses.tools.migration.key_rules import Flat, Lost
 
-_OF_PEFT = "those that peft chooses for the type of the model"
 _OF_TRAINER = "2e-5 of sft, 1e-6 of dpo"
 _CUT = "what is longer than max_length is cut there, and the rest is lost"
 _UNSAID = "of chats there; rows of a prompt and a completion are trained on the completion alone"
@@ -22,20 +21,6 @@ def _is_dpo(values: Flat) -> bool:
 
 def _has_adapters(values: Flat) -> bool:
     return bool(values.get("use_peft"))
-
-
-def _of_adapters(ours: str) -> Any:
-    return lambda value, values: {ours: value} if _has_adapters(values) else {}
-
-
-def _targets(value: Any, values: Flat) -> Flat:
-    if not _has_adapters(values):
-        return {}
-    if value == _OF_PEFT:
-        kept = {"lora.target_modules": ["q_proj", "v_proj"]}
-        raise Lost("of llama, mistral, qwen and gemma they are q_proj and v_proj", kept)
-    names = value if isinstance(value, list) else [value]
-    return {"lora.target_modules": [] if "all-linear" in names else names}
 
 
 def _source(entry: Flat, values: Flat) -> tuple[Flat, str]:
@@ -161,15 +146,8 @@ TRL = to.Format(
         ),
         to.attention("attn_implementation"),
         to.choice("use_peft", "", {True: None, False: None}, why="see lora.rank"),
-        to.computed("lora_r", "lora.rank", _of_adapters("lora.rank"), "with use_peft"),
-        to.computed("lora_alpha", "lora.alpha", _of_adapters("lora.alpha"), "with use_peft"),
-        to.computed("lora_dropout", "lora.dropout", _of_adapters("lora.dropout"), "with use_peft"),
-        to.computed("lora_target_modules", "lora.target_modules", _targets, "with use_peft"),
+        *to.adapters("lora_r", "lora_target_modules", _has_adapters),
         to.in_list("lora_target_parameters", "lora.target_parameters"),
-        to.lost("lora_modules_to_save", "only adapters are trained"),
-        to.needless("lora_task_type use_bnb_nested_quant bnb_4bit_quant_storage", "chosen"),
-        to.same("use_rslora", "lora.use_rslora"),
-        to.same("use_dora", "lora.use_dora"),
         to.choice("load_in_4bit", "lora.quantize_base", {True: "nf4", False: None}),
         to.lost("load_in_8bit", "no weights in 8 bits"),
         to.only("bnb_4bit_quant_type", ("nf4",), "only nf4"),
@@ -186,28 +164,19 @@ TRL = to.Format(
             "chat_template chat_template_path eos_token pad_token", "that of the tokenizer is used"
         ),
         to.same("max_length max_seq_length", "training.seq_len"),
-        to.lost("max_prompt_length max_completion_length", "only the whole has a length"),
         to.only("truncation_mode", ("keep_start",), "it is dropped or split"),
         to.computed("packing packing_strategy", "`data.packing`, `data.long_documents`", _packing),
         to.needless("eval_packing padding_free pad_to_multiple_of", "see data.packing"),
         to.computed(f"assistant_only_loss {_COMPLETION}", "data.train_on", _trained),
-        to.choice("shuffle_dataset", "", {True: None, False: None}, why="data is shuffled"),
         to.computed("learning_rate", "optimizer.lr", _learning_rate),
         to.computed("loss_type", "loss.name", _loss_type),
         to.computed("beta", "loss.beta", _beta, "of dpo"),
         to.same("label_smoothing", "loss.label_smoothing"),
         to.same("precompute_ref_log_probs", "loss.precompute_reference"),
         to.needless("precompute_ref_batch_size disable_dropout", "it is that of training"),
-        to.lost(
-            "loss_weights ld_alpha f_divergence_* use_weighting discopop_tau rpo_alpha",
-            "no such loss",
-        ),
-        to.lost("sync_ref_model ref_model_*", "the reference is frozen"),
         to.choice(
             "activation_offloading", "activation_checkpoint.offload", {True: "host", False: None}
         ),
-        to.lost("router_aux_loss_coef", "config.json says it"),
-        to.needless("torch_empty_cache_steps ignore_bias_buffers", "not needed"),
         *hf.rules(sequence=[], has_adapters=_has_adapters),
     ],
     hf.DEFAULTS
@@ -225,7 +194,7 @@ TRL = to.Format(
         "lora_r": 16,
         "lora_alpha": 32,
         "lora_dropout": 0.05,
-        "lora_target_modules": _OF_PEFT,
+        "lora_target_modules": to.OF_PEFT,
     },
     differs=[to.ONE_STEP_LATER],
 )
