@@ -519,5 +519,7 @@ def test_damaged_videos_and_pairs_with_images(tmp_path: Path) -> None:
         assert isinstance(found, BadRow) and why in found.reason, found
     question, answer = asked("see ", {"type": "image", "image": "a.png"})
     pair = {"prompt": [question], "chosen": [answer], "rejected": [answer]}
-    row = read_record(pair, SourceSettings.model_construct(source="preference"), "pairs.jsonl:2")
-    assert isinstance(row, BadRow) and 'only data.source = "chat" may have' in row.reason
+    judged = {"prompt": [question], "completion": [answer], "label": True}
+    for source, record in (("preference", pair), ("unpaired", judged)):
+        row = read_record(record, SourceSettings.model_construct(source=source), "pairs.jsonl:2")
+        assert isinstance(row, BadRow) and 'only data.source = "chat" may have' in row.reason

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from helpers.meshes import SP2, Degrees
 from helpers.pictures import QWEN3_VL, picture, tiny_processor, write_chats
-from helpers.ranks import run_on_ranks
+from helpers.ranks import RankFailure, run_on_ranks
 from helpers.runs import learned, logged, refusal, train
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import Config
@@ -25,16 +27,18 @@ from titan_ulysses.config.toml import to_toml
 from titan_ulysses.data.packing import SampleStream
 from titan_ulysses.data.pipeline import open_sequences
 from titan_ulysses.data.processor import open_vision
+from titan_ulysses.model.lora import add_adapters, initialize_adapters
 from titan_ulysses.optim.optimizer import build_optimizer
+from titan_ulysses.train.trainer import Trainer
 
 pytest.importorskip("PIL")
 pytest.importorskip("torchvision")
 SHARED = {"parallelism.sequence_parallel_degree": 2}
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, **text: Any) -> None:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(**QWEN3_VL)
+    config = AutoConfig.for_model(**QWEN3_VL | {"text_config": {**QWEN3_VL["text_config"], **text}})
     AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
 
@@ -104,6 +108,9 @@ def lines_of(path: str) -> tuple[list[str], Path]:
 def train_plainly(config: Config) -> tuple[list[tuple[float, float]], list[float]]:
     """Return (loss, gradient norm) of each step, and the held-out losses every two steps."""
     model = AutoModelForImageTextToText.from_pretrained(config.model.path, dtype=torch.float32)
+    if config.lora.rank:  # what computes is peft
+        add_adapters(model, config.lora)
+        initialize_adapters(model, config.training.seed)
     processor = AutoProcessor.from_pretrained(config.model.path)
     training, held_out = streams_of(config)
     optimizer = build_optimizer(model, config.optimizer)
@@ -136,12 +143,26 @@ def train_plainly(config: Config) -> tuple[list[tuple[float, float]], list[float
     return found, validated
 
 
+def killed(config: Path, settings: dict[str, Any]) -> None:
+    """SIGKILL to all ranks in step 4, with images decoded ahead; the last checkpoint is of 2."""
+    step = Trainer._step
+
+    def dying(trainer: Trainer, *args: Any) -> Any:
+        if trainer.state.step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(trainer, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_step", dying)
+        train(config, settings)
+
+
 def validated(run: Path) -> list[float]:
     return [line["validation_loss"] for line in logged(run) if "validation_loss" in line]
 
 
 def test_runs_with_images_equal_plain_transformers(tmp_path: Path) -> None:
-    """On two ranks that share each sequence, on 2 x 2, and ended in the middle."""
+    """On two ranks that share each sequence, on 2 x 2, and killed in the middle."""
     config = write_run(tmp_path)
     runs = {"two": (2, SHARED), "four": (4, SHARED)}
     for name, (ranks, changes) in runs.items():
@@ -155,9 +176,11 @@ def test_runs_with_images_equal_plain_transformers(tmp_path: Path) -> None:
         assert validated(tmp_path / "outputs" / name) == pytest.approx(held_out, rel=2e-5), name
     assert not math.isclose(plain[0][0], plain[-1][0], rel_tol=1e-2)  # it has learned something
 
-    # A run that ends after two steps goes on with the same bits.
+    # A run that is killed in its fourth step goes on with the same bits.
     again = {"job.name": "again", **SHARED}
-    run_on_ranks(2, train, config, again | {"training.steps": 2, "checkpoint.export": False})
+    with pytest.raises(RankFailure, match="died with exit code -9"):
+        run_on_ranks(2, killed, config, again)
+    assert [step for step, *_ in learned(tmp_path / "outputs" / "again")] == [1, 2, 3]
     run_on_ranks(2, train, config, again)
     assert learned(tmp_path / "outputs" / "again") == learned(tmp_path / "outputs" / "two")
     exports = [tmp_path / "outputs" / name / "export" for name in ("two", "again")]
@@ -169,6 +192,25 @@ def test_runs_with_images_equal_plain_transformers(tmp_path: Path) -> None:
     processor = AutoProcessor.from_pretrained(exports[0])
     assert type(processor).__name__ == "Qwen3VLProcessor" and processor.chat_template
     assert model.num_parameters() == sum(x.numel() for x in one.values())
+
+
+@pytest.mark.slow  # test_lora.py trains adapters of text
+def test_adapters_of_the_text(tmp_path: Path) -> None:
+    """Against peft; and of a base in four bits, two ranks against one."""
+    config, lora = write_run(tmp_path), {"model.vision": "frozen", "lora.rank": 4}
+    write_model(tmp_path / "wide", intermediate_size=64)  # blocks of four bits have 64
+    four_bits = lora | {"lora.quantize_base": "nf4", "model.path": str(tmp_path / "wide")}
+    runs = {"two": SHARED | lora, "nf4-two": SHARED | four_bits, "nf4-one": four_bits}
+    for name, changes in runs.items():
+        run_on_ranks(2 if "two" in name else 1, train, config, {"job.name": name, **changes})
+    found = {name: learned(tmp_path / "outputs" / name) for name in runs}
+    plain, held_out = train_plainly(load_config(config, lora.items()))
+    for (_, *ours), theirs in zip(found["two"], plain, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-5)
+    assert validated(tmp_path / "outputs" / "two") == pytest.approx(held_out, rel=2e-5)
+    for (_, *ours), theirs in zip(found["nf4-two"], found["nf4-one"], strict=True):
+        assert ours == pytest.approx(theirs[1:], rel=2e-5)
+    assert found["nf4-two"] != found["two"]
 
 
 def test_what_a_run_refuses(tmp_path: Path) -> None:

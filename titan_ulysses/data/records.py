@@ -318,8 +318,7 @@ def _read_preference(record: dict[str, Any], source: SourceSettings) -> Preferen
             )
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     prompt, chosen, rejected = map(_without_nulls, (prompt, chosen, rejected))
-    if any(map(has_media, (prompt, chosen, rejected))):
-        raise RefusedRow('it has an image or video, which only data.source = "chat" may have')
+    _refuse_media(prompt, chosen, rejected)
     parsed = sum(map(_parse_calls, (prompt, chosen, rejected)))
     return Preference(prompt, chosen, rejected, parsed)
 
@@ -335,7 +334,13 @@ def _read_judged(record: dict[str, Any], source: SourceSettings) -> Judged:
     for name in names:
         _check_messages(record, name)
     prompt, completion = map(_without_nulls, (prompt, completion))
+    _refuse_media(prompt, completion)
     return Judged(prompt, completion, bool(label), _parse_calls(prompt) + _parse_calls(completion))
+
+
+def _refuse_media(*conversations: list[dict[str, Any]]) -> None:
+    if any(map(has_media, conversations)):
+        raise RefusedRow('it has an image or video, which only data.source = "chat" may have')
 
 
 def _check_messages(record: dict[str, Any], name: str) -> None:

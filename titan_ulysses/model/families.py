@@ -39,8 +39,11 @@ CHECKED_FAMILIES = {
     "gemma3_text",
     "gemma4_text",
     "glm4",
+    "glm46v",
     "glm4_moe",
     "glm4_moe_lite",
+    "glm4v",
+    "glm4v_moe",
     "glm_moe_dsa",
     "gpt_oss",
     "granite",
@@ -48,24 +51,36 @@ CHECKED_FAMILIES = {
     "hunyuan_v1_moe",
     "hy_v3",
     "hyperclovax",
+    "idefics3",
+    "internvl",
+    "kimi_k25",
     "lfm2",
     "lfm2_moe",
+    "lfm2_vl",
     "llama",
     "llama4_text",
+    "llava",
+    "llava_next",
+    "llava_onevision",
     "mistral",
+    "mistral3",
     "nemotron_h",
     "olmo2",
     "olmo_hybrid",
     "phi3",
     "qwen2",
+    "qwen2_5_vl",
+    "qwen2_vl",
     "qwen3",
     "qwen3_5_moe_text",
     "qwen3_5_text",
     "qwen3_moe",
     "qwen3_next",
     "qwen3_vl",
+    "qwen3_vl_moe",
     "sarvam_moe",
     "smollm3",
+    "smolvlm",
     "solar_open",
     "starcoder2",
 }
@@ -328,18 +343,17 @@ def check_family(config: PreTrainedConfig) -> None:
         )
     check_form(config)
     ahead = _looks_ahead(config)
-    config = config.get_text_config()
+    whole, config = config, config.get_text_config()
     _check_rope(config)
     states = None
-    others = sorted(set(layer_types(config) or ()) - WITH_STATE - WITHOUT_STATE)
-    if INDEXED in (layer_types(config) or ()) and has_unknown_indexers(
-        build_on_meta(config, torch.float32)
-    ):
+    types = layer_types(config) or []
+    others = sorted({*types} - WITH_STATE - WITHOUT_STATE)
+    if INDEXED in types and has_unknown_indexers(build_on_meta(whole, torch.float32)):
         others.append(INDEXED)
     if others:
         states = (
-            f"layers of type {_named(config, others)}, which carry state along the sequence or "
-            f"choose what to see (known are {KINDS})"
+            f"layers of type {_named(whole, types, others)}, which carry state along the sequence "
+            f"or choose what to see (known are {KINDS})"
         )
     if needs := [
         *filter(None, (ahead or _looks_ahead(config), states, unknown_router_loss(config)))
@@ -350,11 +364,14 @@ def check_family(config: PreTrainedConfig) -> None:
         )
 
 
-def _named(config: PreTrainedConfig, types: list[str]) -> str:
-    """Return types of layers, each with the classes of its first block."""
-    model, every = build_on_meta(config, torch.float32), layer_types(config) or []
+def _named(whole: PreTrainedConfig, every: list[str], types: list[str]) -> str:
+    """Return some of the types of layers that a model has, each with the classes of its first
+    block.
+    """
+    text = build_on_meta(whole, torch.float32)
+    text = text.get_decoder() if has_vision(whole) else text
     blocks = next(
-        (x for x in model.modules() if isinstance(x, nn.ModuleList) and len(x) == len(every)), None
+        (x for x in text.modules() if isinstance(x, nn.ModuleList) and len(x) == len(every)), None
     )
     if blocks is None:
         return ", ".join(types)

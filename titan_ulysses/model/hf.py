@@ -130,7 +130,7 @@ def build_on_meta(
                 trust_remote_code=False,
             )
     except Exception as error:  # a family's own code raises whatever it likes
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_vision(config):
             raise UserError(
                 f'model: "{config.model_type}" has no causal language model in transformers.'
             ) from error

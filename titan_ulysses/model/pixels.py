@@ -16,7 +16,7 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import select_best_resolution
 
@@ -182,9 +182,13 @@ class PixelInputs:
         channels = _number(self.config, "in_channels", "num_channels", "in_chans", default=3)
         height, width = (n * merge for n in units)
         if self.grid in self.names:
-            columns = channels * _number(self.config, "temporal_patch_size") * patch**2
+            kinds = (nn.Conv2d, nn.Conv3d)
+            first = next((x for x in self.encoder.modules() if isinstance(x, kinds)), None)
+            as_images = isinstance(first, nn.Conv2d)  # what it takes are images of a patch
+            row = channels * _number(self.config, "temporal_patch_size") * patch**2
+            one = (channels, patch, patch) if as_images else (row,)
             return {
-                self.pixels: torch.ones(height * width, columns),
+                self.pixels: torch.ones(height * width, *one),
                 self.grid: torch.tensor([[1, height, width]]),
             }
         size = _number(self.config, "image_size")
@@ -204,7 +208,7 @@ class PixelInputs:
             tiles = 1 + math.prod(best) // size**2
             sizes = torch.tensor([[size, size]])
             return {self.pixels: tile.expand(1, tiles, *tile.shape[1:]), "image_sizes": sizes}
-        if "image_sizes" in self.names:
+        if "image_sizes" in self.names and self.config.vision_config.model_type == "pixtral":
             # Two rows of features at least: mistral3's own code takes one for a batch.
             tile = torch.ones(1, channels, height * patch, 2 * width * patch)
             return {self.pixels: tile, "image_sizes": torch.tensor([tile.shape[2:]])}

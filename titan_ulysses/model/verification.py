@@ -56,6 +56,9 @@ _CHUNK_TOKENS = 10
 _SEEDS = 16
 """Random numbers with which a model that draws some is run."""
 
+_MOST_PARAMETERS = 20_000_000
+"""Of a tiny model; most have 200,000, and some towers a million."""
+
 _DTYPE = torch.float64
 _HIDDEN = 64
 _SIZES = {
@@ -394,8 +397,11 @@ class _TestBatch:
 def build_tiny(config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
     """Build a model with the same random numbers on every rank.
 
-    No parameter is left at 0 or 1, where its effect would be hidden.
+    No parameter is left at 0 or 1, where its effect would be hidden. ValueError for one that is not
+    tiny, because a width of its config has another name.
     """
+    if (size := hf.build_on_meta(config, _DTYPE).num_parameters()) > _MOST_PARAMETERS:
+        raise ValueError(f"it has {size:,} parameters")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = hf.auto_class(config).from_config(

@@ -20,8 +20,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from titan_ulysses.data.images import Pixels, positions_of_rows
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length
+from titan_ulysses.model import hf
 from titan_ulysses.model.pixels import ONE_PLACEHOLDER, collate
-from titan_ulysses.model.vision import Vision
+from titan_ulysses.model.vision import Vision, positions_of
 
 _WORDS = 40
 """Tokens below are words; the tiny config has all special tokens above."""
@@ -55,7 +56,7 @@ def shrink_vision(
     for name, most in narrow.items():
         if isinstance(getattr(tower, name, None), int):
             setattr(tower, name, min(most, getattr(tower, name)))
-    for name in ("out_hidden_size", "hidden_size"):
+    for name in ("out_hidden_size", "hidden_size", "text_hidden_size"):
         if name != width and isinstance(getattr(tower, name, None), int):
             setattr(tower, name, text.hidden_size)
     for name, layers in (("deepstack_visual_indexes", [0, 1]), ("fullatt_block_indexes", [1])):
@@ -70,7 +71,19 @@ def shrink_vision(
                 setattr(owner, name, 0.0)
             elif name == "initializer_range":
                 owner.initializer_range = 0.2
+    if positions_of(hf.build_on_meta(tiny, torch.float32)) is not None:
+        _fit_axes(text)
     return tiny
+
+
+def _fit_axes(text: PreTrainedConfig) -> None:
+    """Share the frequencies of a narrow head among the three axes of its positions."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("partial_rotary_factor", 1.0) < 0.5:  # too few for each axis to have one
+        rope["partial_rotary_factor"] = 0.5
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    each, rest = divmod(int(size * rope.get("partial_rotary_factor", 1.0)) // 2, 3)
+    rope["mrope_section"] = [each + rest, each, each]
 
 
 def _is_token(name: str) -> bool:

@@ -179,7 +179,7 @@ def verified_options(
             "mlp_tile_tokens": options.memory.mlp_tile_tokens,
             "stream_chunk_tokens": -1,
         },
-    )
+    ).resolved(torch.float64)
 
     def shard(tiny: PreTrainedModel, core: Core, tiling: dict[str, Any]) -> None:
         options = plain.changed(attention=core, **tiling)

@@ -126,6 +126,8 @@ class _StreamedCall:
             return None
         if leaf.ndim == 1:
             return 0
+        if leaf.shape[1:] == shape[:2] and not leaf.is_floating_point():  # positions of axes
+            return 2
         if leaf.shape[1] == shape[1] and leaf.shape[0] in (1, shape[0]):
             return 1
         raise UserError(

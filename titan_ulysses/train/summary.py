@@ -211,7 +211,8 @@ def print_completion(state: TrainState, console: Console, folder: Path) -> None:
         if (best := state.step_to_export) != state.step:
             lines.append(f"  {config.checkpoint.folder}/step-{best}  the best one, exported")
     if config.checkpoint.export:
-        kind = "ImageTextToText" if state.spec.part_of else "CausalLM"
+        is_of_images = state.spec.part_of or config.model.vision != "off"
+        kind = "ImageTextToText" if is_of_images else "CausalLM"
         lines.append(f"  export/  opens with AutoModelFor{kind}.from_pretrained")
         if config.lora.rank:
             lines.append(
