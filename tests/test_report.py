@@ -178,15 +178,17 @@ def test_a_run_of_pairs_has_their_rewards(tmp_path: Path) -> None:
 
 
 def test_several_runs_are_compared_and_linked(tmp_path: Path) -> None:
-    """And the page of a run has its data."""
+    """And the page of a run has its data and its samples."""
     from titan_ulysses.tools.report import main
 
     held_out = {"validation_loss": 3.0, "validation_by_position": [[0, 3.0, 1]]}
     for name, loss in (("a b", 2.0), ("<c>", float("nan"))):
+        samples = {"validation_samples": {"Once": " upon\n<a> time"}}
         mixture = {"epoch": {"books": 0.25, "code": 1.5}, "loss_by_source": {"books": 2.0}}
         (tmp_path / name).mkdir()
-        text = log(tmp_path / name, held_out, {"loss": loss} | mixture)
+        text = log(tmp_path / name, held_out | samples, {"loss": loss} | mixture)
         assert "<td>books</td>" in text and ">1.500</td>" in text
+        assert "<td>&quot; upon\\n&lt;a&gt; time&quot;</td>" in text
     folders = [str(tmp_path / name) for name in ("a b", "<c>")]
     with pytest.raises(UserError, match="name one with --output FOLDER"):
         main(folders)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -59,6 +60,11 @@ def write_run_page(folder: Path) -> Path:
             "First validation (dashed) and last one (solid)", partial(draw_positions, runs)
         )
         _positions(section, validations(lines))
+    if samples := [line["validation_samples"] for line in lines if line.get("validation_samples")]:
+        section.heading("Samples")
+        first, last = samples[0], samples[-1]
+        rows = [[_quoted(x) for x in (one, first.get(one, ""), last[one])] for one in last]
+        section.table(["prompt", "at the first validation", "at the last one"], rows)
     if values(lines, "step_seconds")[0]:
         section.heading("Speed")
         section.figure("Tokens a second, and seconds a step", partial(draw_speed, runs))
@@ -124,6 +130,10 @@ def _sources(lines: Lines) -> list[tuple[str, str, str]]:
         (name, f"{passes:.3f}", _both(losses, name))
         for name, passes in (steps[-1]["epoch"].items() if steps else ())
     ]
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _both(lines: Lines, key: str) -> str:

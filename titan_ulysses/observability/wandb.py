@@ -65,6 +65,9 @@ class WandbRun:
         """
         if self._wandb:
             known = {name: value for name, value in values.items() if value is not None}
+            if samples := known.get("validation_samples"):
+                rows = [list(one) for one in samples.items()]
+                known["validation_samples"] = self._wandb.Table(["prompt", "text"], rows)
             self._safely(self._wandb.log, known, step=step)
 
     def close(self) -> None:

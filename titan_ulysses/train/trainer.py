@@ -59,6 +59,7 @@ from titan_ulysses.train.preflight import (
 from titan_ulysses.train.references import FILE as REFERENCES
 from titan_ulysses.train.references import References
 from titan_ulysses.train.run_folder import Checkpoints, RunFolder
+from titan_ulysses.train.samples import continuations, encode_prompts
 from titan_ulysses.train.signals import RESTART, StopSignals, describe_signal
 from titan_ulysses.train.step import StepMetrics, TrainState, learning_rate, train_step
 from titan_ulysses.train.summary import print_completion, print_run_summary, print_wrapped
@@ -119,6 +120,7 @@ class Trainer:
             check_initial_weights(config)
         training, held_out = open_sequences(config, spec.tokenizer, eval_only=self._eval_only)
         sets = open_validation_sets(config, spec.tokenizer)
+        self._prompts = encode_prompts(config, spec.tokenizer)
         has_weights = config.model.path or config.checkpoint.initial_load_path
         if self._eval_only and not (self.checkpoints.steps or has_weights):
             raise UserError(
@@ -385,8 +387,19 @@ class Trainer:
         """Evaluate the held-out data; return whether the model is the best so far."""
         sets, of_all = self._evaluate()
         is_best = self.state.best.note(self.state.step, sets, of_all)
-        self.log.log_validation(sets, of_all)
+        self.log.log_validation(sets, of_all, self._samples())
         return is_best
+
+    def _samples(self) -> dict[str, str]:
+        """Return how the model goes on with each of validation.prompts."""
+        if not self._prompts:
+            return {}
+        state, validation = self.state, self.config.validation
+        self.progress.begin(f"samples at step {state.step}")
+        found = continuations(
+            state.model, state.spec.tokenizer, self._prompts, tokens=validation.prompt_tokens
+        )
+        return dict(zip(validation.prompts, found, strict=True))
 
     def _evaluate(self) -> tuple[dict[str, Evaluation], Evaluation]:
         """Evaluate each set of held-out data; return what each has, and all of them together."""
