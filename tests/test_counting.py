@@ -12,7 +12,7 @@ import torch
 from transformers import get_scheduler
 
 from helpers.ranks import run_on_ranks
-from helpers.runs import Settings, learned, train, write_run
+from helpers.runs import Settings, learned, said_by, write_run
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import Config
 from titan_ulysses.train.step import learning_rate
@@ -141,10 +141,11 @@ def test_epochs_resume_bit_equal_and_hours_end_in_a_save(tmp_path: Path) -> None
             said = run_on_ranks(1, train_until_late, toml, settings, 2)[0]
             assert (run / "checkpoints" / "step-2").exists()
             assert "training.max_hours = 1 are over: stopped after step 2. The same" in said
-        run_on_ranks(1, train, toml, settings)
+        done = run_on_ranks(1, said_by, toml, settings)[0]
         found[name] = learned(run)
         assert "epochs = 2.0\n" in (run / "config.toml").read_text()
     assert "training.epochs = 2: 5 step(s)" in said
+    assert "goes on with a larger training.epochs" in done
     assert "checkpoint.interval = epoch: every 3 step(s)" in said
     assert [step for step, *_ in found["once"]] == [1, 2, 3, 4, 5]
     assert found["parts"] == found["once"]

@@ -869,6 +869,24 @@ CHECKPOINT = {
     "validation.interval": [
         Case(1, lambda run, _: len(run.of_validations("loss")) == 3, VALIDATED)
     ],
+    "validation.prompts": [
+        Case(
+            ["a tale"],
+            said('sample: "a tale" -> "'),
+            VALIDATED | {"validation.prompt_tokens": 2},
+        ),
+        Case([""], refused("validation.prompts[0] has 0 tokens"), VALIDATED),
+    ],
+    "validation.prompt_tokens": [
+        Case(
+            3,
+            lambda run, default: (
+                len(run.of_validations("samples")[0]["a tale"])
+                < len(default.of_validations("samples")[0]["a tale"])
+            ),
+            VALIDATED | {"validation.prompts": ["a tale"], "training.seq_len": 64},
+        )
+    ],
     "validation.steps": [
         Case(1, lambda run, default: labels(run) < labels(default), VALIDATED),
         Case(

@@ -149,6 +149,19 @@ with exit_on_error():
 """
 
 
+def test_ctrl_c_of_one_process_saves_and_ends_as_a_shell_expects(tmp_path: Path) -> None:
+    config, run = write_run(tmp_path), tmp_path / "outputs" / "run"
+    options = ["--config", config, "--training.steps=100000", "--checkpoint.interval=100000"]
+    running = start(tmp_path / "said", REPOSITORY / "train.py", *options)
+    running.wait_for("step      2/100000")
+    running.send_signal(signal.SIGINT)
+    running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == [
+        f"step-{learned(run)[-1][0]}"
+    ]
+
+
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     """In the middle of a step that would take minutes. The lock goes with the process."""
     config, run = write_run(tmp_path), tmp_path / "outputs" / "run"

@@ -371,7 +371,7 @@ def test_muon_is_planned():
 
 
 def test_accumulated_batches():
-    """A step of five batches counts what five count; two are simulated."""
+    """A step of several batches counts what they count; two or three are simulated."""
     short = {"training__seq_len": 512}
     one, five = plan_of(**short), plan_of(**short, training__global_batch_size=5)
     gathers = [plan.simulation.collectives.get("all_to_all", (0, 0)) for plan in (one, five)]
@@ -381,6 +381,12 @@ def test_accumulated_batches():
     one, five = plan_of(**pair), plan_of(**pair, training__global_batch_size=5)
     calls, size = one.simulation.collectives["all_to_all"]
     assert five.simulation.collectives["all_to_all"] == (5 * calls, 5 * size)
+    # KTO runs each of several batches twice, and a single one once.
+    kto = short | {"loss__name": "kto", "data__source": "unpaired", "data__packing": "best_fit"}
+    kto |= {"parallelism__data_parallel_shard_degree": 2}
+    two, four = (plan_of(**kto, training__global_batch_size=size) for size in (4, 8))
+    calls, size = two.simulation.collectives["all_gather"]
+    assert four.simulation.collectives["all_gather"] == (2 * calls, 2 * size)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from helpers.ranks import run_on_ranks
+from helpers.runs import Settings, learned, said_by, write_run
 from titan_ulysses.checkpoint.push import push
 from titan_ulysses.config.schema import Config
 
@@ -109,6 +112,27 @@ def test_the_files_and_a_card_are_uploaded(
     # Newer versions of the library have another name for it.
     assert (made.get("private"), made.get("visibility")) in ((True, None), (None, "private"))
     assert hub.tokens == {"Bearer hf_secret"}
+
+
+def train_and_push(config: Path, endpoint: str) -> str:
+    """A run that uploads what it exports; what it says."""
+    settings: Settings = {"training.steps": 1, "lr_scheduler.warmup_steps": 0}
+    settings |= {"checkpoint.export": True, "checkpoint.push_to_hub": "me/mine"}
+    with pytest.MonkeyPatch.context() as patch:
+        # The ranks of the tests have imported it without a network.
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        patch.setenv("HF_ENDPOINT", endpoint)
+        patch.setenv("HF_TOKEN", "hf_secret")
+        return said_by(config, settings)
+
+
+def test_a_run_uploads_what_it_exports(hub: Hub, tmp_path: Path) -> None:
+    config, run = write_run(tmp_path), tmp_path / "outputs" / "run"
+    (said,) = run_on_ranks(1, train_and_push, config, os.environ["HF_ENDPOINT"])
+    assert f"Uploaded {run / 'export'} to the hub: {MINE}/commit/1" in said, said
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert hub.files[file] == (run / "export" / file).read_bytes()
+    assert f"| loss | {learned(run)[-1][1]:.4f} |" in hub.files["README.md"].decode()
 
 
 def test_errors_end_nothing_and_without_a_token_nothing_is_asked(

@@ -141,10 +141,11 @@ def test_a_page_that_is_damaged_is_written_anew(folder: Path, tmp_path: Path) ->
     (tmp_path / report_page.PAGE).write_bytes(b"\xff<section id='plan'>")
     section = report_page.PageSection("run")
     section.text("1 < 2 & <b>bold</b>")
-    section.table(["a", "b"], [["x", "1"], ["<y>", "22"]])
+    section.table(["a", "b", "c"], [["x", "1", "z" * 201], ["<y>", "22", ""]])
     written = report_page.write_page(tmp_path, section, title="<job>").read_text()
     assert "1 &lt; 2 &amp; &lt;b&gt;bold" in written and "<h1>&lt;job&gt;</h1>" in written
     assert '<td class="number">22</td>' in written and "<td>&lt;y&gt;</td>" in written
+    assert f'<td class="long">{"z" * 201}</td>' in written
     assert not Outline(written).open
 
 
@@ -178,15 +179,17 @@ def test_a_run_of_pairs_has_their_rewards(tmp_path: Path) -> None:
 
 
 def test_several_runs_are_compared_and_linked(tmp_path: Path) -> None:
-    """And the page of a run has its data."""
+    """And the page of a run has its data and its samples."""
     from titan_ulysses.tools.report import main
 
     held_out = {"validation_loss": 3.0, "validation_by_position": [[0, 3.0, 1]]}
     for name, loss in (("a b", 2.0), ("<c>", float("nan"))):
+        samples = {"validation_samples": {"Once": " upon\n<a> time"}}
         mixture = {"epoch": {"books": 0.25, "code": 1.5}, "loss_by_source": {"books": 2.0}}
         (tmp_path / name).mkdir()
-        text = log(tmp_path / name, held_out, {"loss": loss} | mixture)
+        text = log(tmp_path / name, held_out | samples, {"loss": loss} | mixture)
         assert "<td>books</td>" in text and ">1.500</td>" in text
+        assert "<td>&quot; upon\n&lt;a&gt; time&quot;</td>" in text
     folders = [str(tmp_path / name) for name in ("a b", "<c>")]
     with pytest.raises(UserError, match="name one with --output FOLDER"):
         main(folders)

@@ -48,33 +48,35 @@ class StandIn(ModuleType):
     def log(self, values: dict[str, Any], step: int) -> None:
         self._note("log", step, values)
 
+    def Table(self, columns: list[str], data: list[list[str]]) -> dict[str, str]:
+        assert columns == ["prompt", "text"]
+        return {prompt: text for prompt, text in data}
+
     def finish(self) -> None:
         self._note("finish")
 
 
-def train_with(config: Path, settings: Settings, fails: str = "") -> tuple[list[tuple], str]:
+def train_with(
+    config: Path, settings: Settings, fails: str = "", **environment: str
+) -> tuple[list[tuple], str]:
     """What wandb was told on this rank, and what the run printed."""
     stand_in, printed = StandIn(fails), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setitem(sys.modules, "wandb", stand_in)
         patch.delenv("WANDB_PROJECT", raising=False)
         patch.delenv("WANDB_DIR", raising=False)
+        for name, value in environment.items():
+            patch.setenv(name, value)
         train(config, settings)
     return stand_in.calls, printed.getvalue()
-
-
-def test_its_files_go_to_wandb_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in = StandIn("")
-    monkeypatch.setitem(sys.modules, "wandb", stand_in)
-    monkeypatch.setenv("WANDB_DIR", "/elsewhere")
-    wandb_run.WandbRun(tmp_path, name="run", config={}, say=print)
-    assert stand_in.calls[0][1]["dir"] == "/elsewhere"
 
 
 def test_one_run_with_the_records_of_metrics_jsonl(tmp_path: Path) -> None:
     config, run = write_run(tmp_path), tmp_path / "outputs" / "run"
     (first, _), (others, _) = run_on_ranks(2, train_with, config, SETTINGS | {"training.steps": 4})
-    (second, _), (more, _) = run_on_ranks(2, train_with, config, SETTINGS | {"training.steps": 6})
+    longer = SETTINGS | {"training.steps": 6, "validation.prompts": ["a"]}
+    longer["validation.prompt_tokens"] = 2
+    (second, _), (more, _) = run_on_ranks(2, train_with, config, longer, WANDB_DIR="/elsewhere")
     assert others == more == [], "rank 0 alone logs"
     for calls in (first, second):
         assert [call[0] for call in calls] == ["init", *["log"] * (len(calls) - 2), "finish"]
@@ -86,6 +88,7 @@ def test_one_run_with_the_records_of_metrics_jsonl(tmp_path: Path) -> None:
         "allow",
     )
     assert started["config"]["training"]["steps"] == 4 and started["dir"] == str(run)
+    assert resumed["dir"] == "/elsewhere"
     told = [
         {"step": call[1], **call[2]}
         for calls in (first, second)
@@ -96,7 +99,7 @@ def test_one_run_with_the_records_of_metrics_jsonl(tmp_path: Path) -> None:
     assert told == [
         {name: value for name, value in line.items() if value is not None} for line in logged(run)
     ]
-    assert any("validation_loss" in values for values in told)
+    assert any("validation_samples" in values for values in told)
 
 
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])

@@ -4,11 +4,12 @@ what it logged.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,13 @@ def train(config: Path, settings: Settings) -> None:
     from titan_ulysses.train.trainer import Trainer
 
     Trainer(load_config(config, settings.items())).train()
+
+
+def said_by(config: Path, settings: Settings) -> str:
+    """One run, as above; what it printed."""
+    with redirect_stdout(io.StringIO()) as said:
+        train(config, settings)
+    return said.getvalue()
 
 
 def refusal(config: Path, settings: Settings) -> str:

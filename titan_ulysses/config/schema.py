@@ -896,6 +896,12 @@ class Validation(Section):
     """Several named sets in place of validation.path: tables [[validation.sets]], each with a name,
     the keys of a source in [data], and a packing.
     """
+    prompts: list[str] = setting([], Needs("enable", True, text=_VALIDATIONS))
+    """Texts that the model goes on with at each validation, by its likeliest tokens; with
+    data.source = "chat", what a user says. A few short ones: each new token is a forward.
+    """
+    prompt_tokens: int = Field(32, ge=1, le=2**16)
+    """Tokens after each of these prompts, at most."""
     metric: str = Field("loss", min_length=1)
     """Metric that checkpoint.keep_best and validation.patience compare. loss: of all held-out data.
     NAME/loss: of the set NAME.

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -180,6 +180,37 @@ def encode_answer(
     found = tokenized(tokenizer, whole, return_offsets_mapping=True)
     ends = np.array([end for _, end in found["offset_mapping"]], dtype=np.int64)
     return np.array(found["input_ids"], dtype=np.uint32), ends > len(before)
+
+
+def tokens_by_role(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> dict[str, int]:
+    """Return how many tokens the template writes for the messages of each role.
+
+    A message is counted as it is written when it is the last one; what the template does not write
+    without the next message, as a system message of some, is counted with that one. Images and
+    videos count as one token each.
+    """
+    counts, before = dict.fromkeys((one["role"] for one in chat.messages), 0), ""
+    for number, message in enumerate(chat.messages, start=1):
+        with suppress(RefusedRow):
+            text = _render(tokenizer, chat, number)
+            begin, before = len(before) if text.startswith(before) else None, text
+            if begin is None:  # earlier messages are written otherwise now: write this one twice
+                begin = len(text)
+                text = _render(
+                    tokenizer, chat._replace(messages=[*chat.messages[:number], message])
+                )
+            counts[message["role"]] += len(tokenized(tokenizer, text[begin:])["input_ids"])
+    return counts
+
+
+def encode_question(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
+    """Return the ids of a chat in which a user says `text` and an answer begins.
+
+    Raise `RefusedRow` if the template refuses it.
+    """
+    refuse_surrogates(text)
+    chat = Chat([{"role": "user", "content": text}], None)
+    return np.array(tokenized(tokenizer, _render(tokenizer, chat, asks=True))["input_ids"])
 
 
 def _render(

@@ -114,8 +114,9 @@ class LossHead(nn.Linear):
         loss function that returns the loss of each label.
 
         Without labels, return the logits [B, T, V]. With reduction = "none", return the
-        cross-entropy of each label [B, T], with 0 for labels of -100. With reduction = "hidden",
-        return hidden: on the device, unless gradients are computed and it is off it.
+        cross-entropy of each label [B, T], with 0 for labels of -100, or what a loss function
+        returns for each. With reduction = "hidden", return hidden: on the device, unless gradients
+        are computed and it is off it.
 
         With reduction = "statistics", return the TokenStatistics [B, T] of the labels at this
         temperature. With a loss function (see `losses.py`), its sum takes the place of that of the
@@ -142,11 +143,11 @@ class LossHead(nn.Linear):
         if reduction == "statistics":
             statistics = partial(token_statistics, temperature=temperature)
             return self._tiled(statistics, hidden, labels)
+        if reduction == "none":
+            return self._each(hidden, labels, loss_function, loss_inputs)
         if loss_function is not None:
             self._check(loss_function, hidden, labels, loss_inputs or {})
             return self._own(loss_function, hidden, labels, loss_inputs) / num_items.clamp(min=1)
-        if reduction == "none":
-            return self._each(hidden, labels)
         return self._sum(hidden, labels, sequences) / num_items.clamp(min=1)
 
     def _sum(self, hidden: Tensor, labels: Tensor, sequences: Sequences) -> Tensor:
@@ -191,10 +192,16 @@ class LossHead(nn.Linear):
         tile_tokens = self.tile_tokens if self.tile_tokens != -1 else max(1, labels.numel())
         return tile_tokens, self.scale, self.softcap, self.z_loss, self.label_smoothing
 
-    def _each(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross-entropy of each label [B, T]."""
-        if torch.is_grad_enabled():
-            return self._tiled(cross_entropies, hidden, labels)
+    def _each(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        function: LossFunction | None,
+        inputs: dict[str, Tensor] | None,
+    ) -> Tensor:
+        """Return the loss of each label [B, T], the cross-entropy or that of a function."""
+        if function is not None or torch.is_grad_enabled():
+            return self._tiled(function or cross_entropies, hidden, labels, inputs)
         rows, options = hidden.flatten(0, -2), self._options(labels)
         each = _each_cross_entropy(rows, self.weight, self.bias, labels.flatten(), options)
         return each.view(labels.shape)

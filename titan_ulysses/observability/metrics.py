@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 
 from titan_ulysses.distributed.atomic import whole_file
@@ -209,6 +210,7 @@ class MetricsLogger:
         with self._said(self._path.with_name("tensorboard")):
             if self._events:
                 self._events.log(step, scalars(values))
+                self._events.log_texts(step, values.get("validation_samples", {}))
         if self._wandb:
             self._wandb.log(step, values)
         # Long lines are wrapped between words on a terminal, and not wrapped in a log file.
@@ -261,6 +263,15 @@ class EventFile:
         found = [self._summary.Value(tag=name, simple_value=value) for name, value in values]
         self._write(step=step, summary=self._summary(value=found))
         self._file.flush()
+
+    def log_texts(self, step: int, texts: dict[str, str]) -> None:
+        """Log what the model made of each prompt, in TensorBoard's page of texts."""
+        from tensorboard.plugins.text.summary_v2 import text_pb
+
+        for number, (prompt, text) in enumerate(texts.items()):
+            # TensorBoard reads Markdown: as code, a text stays as it is.
+            shown = "".join(f"    {line}\n" for line in f"{prompt}[[{text}]]".split("\n"))
+            self._write(step=step, summary=text_pb(f"validation_samples/{number}", shown))
 
     def close(self) -> None:
         self._file.close()
@@ -379,6 +390,17 @@ def short(count: int) -> str:
     return str(count)
 
 
+def describe_samples(samples: dict[str, str]) -> list[str]:
+    """Return lines of at most 80 columns: the end of each prompt, and how the model goes on."""
+    found = []
+    for sample in samples.items():
+        prompt, text = (json.dumps(one, ensure_ascii=False)[1:-1] for one in sample)
+        prompt = prompt if len(prompt) <= 24 else f"...{prompt[-21:]}"
+        text = text if len(text) <= 36 else f"{text[:33]}..."
+        found.append(f'sample: "{prompt}" -> "{text}"')
+    return found
+
+
 def _line(step: int, total: int, values: dict[str, Any]) -> str:
     head = f"step {step:>{len(str(total))}}/{total}  "
     if "validation_loss" in values:
@@ -389,6 +411,7 @@ def _line(step: int, total: int, values: dict[str, Any]) -> str:
                 values["validation_loss"], values["validation_by_position"]
             )
         more += describe_sets(values.get("validation_sets", {}))
+        more += map(escape, describe_samples(values.get("validation_samples", {})))
         return "\n".join([f"{head}[bold]validation {loss}[/]", *(f"  {line}" for line in more)])
     # The line fits 80 columns where MFU is not known.
     return (

@@ -21,6 +21,9 @@ PAGE = "report.html"
 SECTIONS = {"run": "The run", "plan": "The plan", "runs": "The runs"}
 """The sections of a page, in their order, with their titles."""
 
+_LONG = 200
+"""Characters of a cell from which on its column stays wide on a narrow screen."""
+
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --faint: #555; --line: #ddd;
   --shade: #f6f6f6; --link: #0058a3 }
@@ -34,7 +37,9 @@ table { border-collapse: collapse; margin: .5rem 0 1.2rem; display: block; overf
 th, td { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top }
 th { border-bottom: 1px solid var(--faint) } td { border-bottom: 1px solid var(--line) }
 td { overflow-wrap: normal; white-space: pre-wrap; min-width: 6rem }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap;
+  min-width: 0 }
+td.long { min-width: 36rem }
 figure { margin: .5rem 0 1.5rem; overflow-x: auto } figcaption { color: var(--faint) }
 figure svg { width: 100%; min-width: 34rem; height: auto }
 pre { background: var(--shade); padding: .8rem; overflow-x: auto } code { font-size: .9em }
@@ -76,16 +81,19 @@ class PageSection:
         """
         links = links or {}
         rows = [[str(cell) for cell in row] for row in rows]
-        numbers = [
-            column > 0 and all(re.match(r"[-+<]?[ \d]|-$|$", row[column]) for row in rows)
-            for column in range(len(head))
-        ]
+
+        def kind(column: int, cells: Sequence[str]) -> str:
+            if column > 0 and all(re.match(r"[-+<]?[ \d]|-$|$", cell) for cell in cells):
+                return ' class="number"'
+            return ' class="long"' if max(map(len, cells), default=0) > _LONG else ""
+
+        columns = [[row[column] for row in rows] for column in range(len(head))]
+        kinds = [kind(number, cells) for number, cells in enumerate(columns)]
 
         def line(tag: str, cells: Sequence[str]) -> str:
-            marked = (' class="number"' if number else "" for number in numbers)
             made = (
                 f"<{tag}{mark}>{_linked(cell, links.get(cell))}</{tag}>"
-                for mark, cell in zip(marked, cells, strict=True)
+                for mark, cell in zip(kinds, cells, strict=True)
             )
             return f"<tr>{''.join(made)}</tr>"
 

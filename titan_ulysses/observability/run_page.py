@@ -59,6 +59,12 @@ def write_run_page(folder: Path) -> Path:
             "First validation (dashed) and last one (solid)", partial(draw_positions, runs)
         )
         _positions(section, validations(lines))
+    if samples := [line["validation_samples"] for line in lines if line.get("validation_samples")]:
+        section.heading("Samples")
+        first, last = samples[0], samples[-1]
+        # In quotes, so that spaces at the ends are seen; a page has its line breaks.
+        rows = [[f'"{x}"' for x in (one, first.get(one, ""), last[one])] for one in last]
+        section.table(["prompt", "at the first validation", "at the last one"], rows)
     if values(lines, "step_seconds")[0]:
         section.heading("Speed")
         section.figure("Tokens a second, and seconds a step", partial(draw_speed, runs))

@@ -142,6 +142,13 @@ def draw_sets(runs: dict[str, Lines], path: Path | IO[str]) -> None:
         finish(figure, axes, ylabel=f"validation {loss_label(runs)}")
 
 
+def begin_at_zero(axes: Any) -> None:
+    """Let the y axis begin at 0, with room above the highest value also where all are alike."""
+    axes.update_datalim([(0, 0)], updatex=False)
+    axes.autoscale_view(scalex=False)
+    axes.set_ylim(0, None)
+
+
 def draw_memory(runs: dict[str, Lines], path: Path | IO[str]) -> None:
     with picture(path, size=(9, 4.5)) as (figure, axes):
         for run in drawn(runs):
@@ -151,7 +158,7 @@ def draw_memory(runs: dict[str, Lines], path: Path | IO[str]) -> None:
             steps, planned = values(run.lines, "planned_memory_gib")
             if steps:
                 axes.plot(steps, planned, ":", label=f"{run.name}: planned", **run.style)
-        axes.set_ylim(0, None)
+        begin_at_zero(axes)
         finish(figure, axes, ylabel="peak memory of a rank so far, GiB")
 
 
@@ -161,7 +168,7 @@ def draw_speed(runs: dict[str, Lines], path: Path | IO[str]) -> None:
         for axes, (key, label) in zip(panels, keys.items(), strict=True):
             for run in drawn(runs):
                 curve(axes, run, key, label=run.name)
-            axes.set_ylim(0, None)
+            begin_at_zero(axes)
             finish(figure, axes, ylabel=label)
 
 

@@ -64,8 +64,15 @@ class WandbRun:
         repeats them with the same values.
         """
         if self._wandb:
-            known = {name: value for name, value in values.items() if value is not None}
-            self._safely(self._wandb.log, known, step=step)
+            self._safely(self._log, step, values)
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        known = {name: value for name, value in values.items() if value is not None}
+        if samples := known.get("validation_samples"):
+            rows = [list(one) for one in samples.items()]
+            table = self._wandb.Table(columns=["prompt", "text"], data=rows)
+            known["validation_samples"] = table
+        self._wandb.log(known, step=step)
 
     def close(self) -> None:
         if self._wandb:

@@ -4,7 +4,7 @@ fake process group.
 Nothing is computed and nothing is sent, so a laptop can run one rank of a thousand. The optimizer
 makes one step before, so that its state exists. Of the tiles of a function and the chunks of a
 block, at most four are run, one of which stands for all that are left out. For the same reason,
-only the first two of the micro-batches that a step accumulates are run.
+only the first two or three of the micro-batches that a step accumulates are run.
 
 Memory that exists only in CUDA kernels cannot be simulated. `cuda_memory.py` adds it, each figure
 with its source.
@@ -358,7 +358,7 @@ class _Rank:
         documents: Documents | None,
         loss: TrainingLoss,
     ) -> Simulation:
-        """Run the step on fake tensors, with one or two of its micro-batches."""
+        """Run the step on fake tensors, with few of its micro-batches."""
         tracker, costs, training = self.tracker, self.costs, self.config.training
         accumulation = self.spec.degrees.accumulation_steps
         chunk = chunk_length(
@@ -370,8 +370,10 @@ class _Rank:
         tracker.claim([vars(batch) for batch in batches], "other", label=label)
         counts = []
         # With gradient accumulation, the difference between one and two micro-batches tells the
-        # collectives of each further one.
-        for run in (batches[:1], batches[:2]) if accumulation > 1 else (batches,):
+        # collectives of each further one. KTO runs each of several twice, and not a single one.
+        few = 2 if self.config.loss.name == "kto" else 1
+        runs = (batches[:few], batches[: few + 1]) if accumulation > few else (batches,)
+        for run in runs:
             tracker.forget_released()
             start = len(tracker.events)
             costs.reset()
@@ -390,8 +392,8 @@ class _Rank:
             counts.append(dict(counter.counts))
         tracker.recording = False  # the releases that follow are not part of the step
         collectives = counts[0]
-        if accumulation > 1:
-            collectives = _extrapolated(*counts, batches=accumulation)
+        if accumulation > few:
+            collectives = _extrapolated(*counts, more=accumulation - few)
         times = Fraction(accumulation, len(run))
         cost = Cost(Counter({key: times * n for key, n in costs.cost.amounts.items()}))
         flops = flops_per_token(model)
@@ -432,16 +434,15 @@ class _AtOnce(Executor):
         return done
 
 
-def _extrapolated(one: dict, two: dict, *, batches: int) -> dict[str, tuple[int, int]]:
-    """Return the counts of a step of `batches` micro-batches from steps of one and of two, since
-    each further micro-batch repeats the second one.
+def _extrapolated(few: dict, longer: dict, *, more: int) -> dict[str, tuple[int, int]]:
+    """Return the counts of a step of `more` micro-batches than a step with few, from that one and
+    one that is longer by one, since each further micro-batch repeats the last one.
     """
     return {
         kind: tuple(
-            a + (batches - 1) * (b - a)
-            for a, b in zip(one.get(kind, (0, 0)), two[kind], strict=True)
+            a + more * (b - a) for a, b in zip(few.get(kind, (0, 0)), longer[kind], strict=True)
         )
-        for kind in two
+        for kind in longer
     }
 
 

@@ -4,15 +4,17 @@
     titan-ulysses show-data --config my.toml --data.source chat --data.path ~/chats.jsonl
 
 Takes the options of train.py, and --rows: how many rows of each source are shown. Of chats it also
-counts the messages of each role, and how many of them are trained on. Nothing is
-trained, and no model is loaded but its tokenizer. On a terminal, what is trained on is green;
-elsewhere, as in a file, it is between [[ and ]]. A chat is several documents where the chat
-template writes earlier turns differently once others follow: each is what the model would see.
+counts the tokens of each role, with what the chat template writes around them. Nothing is trained,
+and no model is loaded but its tokenizer. On a terminal, what is trained on is green; elsewhere, as
+in a file, it is between [[ and ]]. A chat is several documents where the chat template writes
+earlier turns differently once others follow: each is what the model would see. By role, a turn that
+is repeated in several documents is counted once.
 An image or video is shown in place of its placeholders: its number of tokens, and its file.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 
@@ -24,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from titan_ulysses.config.cli import parse_command_line
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import SourceSettings
+from titan_ulysses.data.chat import tokens_by_role
 from titan_ulysses.data.encoding import Encoder
 from titan_ulysses.data.megatron import find_megatron, read_megatron
 from titan_ulysses.data.pipeline import encoder_of
@@ -97,15 +100,6 @@ def first_rows(
         yield row, encoder(row)
 
 
-def count_roles(chat: Chat, counts: dict[str, list[int]], *, train_on: str) -> None:
-    """Add the messages of a chat to the counts by role: [all of them, those trained on]."""
-    for number, message in enumerate(chat.messages):
-        is_answer = message["role"] == "assistant" and number not in chat.untrained
-        of_role = counts.setdefault(message["role"], [0, 0])
-        of_role[0] += 1
-        of_role[1] += train_on == "all" or is_answer
-
-
 def show_source(
     console: Console,
     encoder: Encoder,
@@ -119,14 +113,14 @@ def show_source(
         raise UserError(f"{setting} is not set: give a file or folder to read", exit_code=2)
     tokenizer = encoder.tokenizer
     encoder.check(source.source)
-    shown, counts, roles = 0, [], {}
+    shown, counts, roles = 0, [], Counter[str]()
     for row, encoded in first_rows(source, encoder, setting=setting, count=rows):
         shown, place = shown + 1, row.place
         if isinstance(encoded, BadRow):
             console.print(Text(f"--- {place}: cannot be used: {encoded.reason}", style="bold red"))
             continue
         if isinstance(row, Row) and isinstance(row.content, Chat):
-            count_roles(row.content, roles, train_on=source.train_on)
+            roles.update(tokens_by_role(tokenizer, row.content))
         documents = [*encoded.documents()]
         for number, document in enumerate(documents, start=1):
             tokens = len(document.ids)
@@ -145,8 +139,9 @@ def show_source(
     )
     console.print(Text(total, style="bold"))
     if roles:
-        each = ", ".join(f"{role} {all_} ({of} trained on)" for role, (all_, of) in roles.items())
-        console.print(Text(f"{setting}: by role: {each}", style="bold"))
+        of = {} if source.train_on == "all" else {"assistant": f" ({trained:,} trained on)"}
+        each = ", ".join(f"{role} {count:,}{of.get(role, '')}" for role, count in roles.items())
+        console.print(Text(f"{setting}: tokens by role: {each}", style="bold"))
 
 
 def main(argv: list[str]) -> None:

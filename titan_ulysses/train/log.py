@@ -176,11 +176,15 @@ class StepLog:
             lines += self._preflight.measured(peak_gib, counts_files=counts_files)
         return lines
 
-    def log_validation(self, sets: Mapping[str, Evaluation], of_all: Evaluation) -> None:
+    def log_validation(
+        self, sets: Mapping[str, Evaluation], of_all: Evaluation, samples: dict[str, str]
+    ) -> None:
         if self._logger:
             values = {f"validation_{name}": value for name, value in of_all._asdict().items()}
             if "" not in sets:
                 values["validation_sets"] = {name: one._asdict() for name, one in sets.items()}
+            if samples:
+                values["validation_samples"] = samples
             self._logger.log(self.state.step, values)
 
 

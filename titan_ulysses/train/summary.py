@@ -194,8 +194,8 @@ def _streaming(state: TrainState) -> str:
     )
 
 
-def print_completion(state: TrainState, console: Console, folder: Path) -> None:
-    """Print where all files that the run has written are."""
+def print_completion(state: TrainState, console: Console, folder: Path, *, length: str) -> None:
+    """Print where all files that the run has written are. length: the setting that ends it."""
     config = state.config
     lines = [
         f"Done: {state.step} steps. In {folder}:",
@@ -205,9 +205,7 @@ def print_completion(state: TrainState, console: Console, folder: Path) -> None:
         lines.append("  report.html  a page with its losses, memory, speed and balance")
     if config.checkpoint.enable:
         newest = f"{config.checkpoint.folder}/step-{state.step}"
-        lines.append(
-            f"  {newest}  from which the same command goes on with a larger training.steps"
-        )
+        lines.append(f"  {newest}  from which the same command goes on with a larger {length}")
         if (best := state.step_to_export) != state.step:
             lines.append(f"  {config.checkpoint.folder}/step-{best}  the best one, exported")
     if config.checkpoint.export:

@@ -36,7 +36,7 @@ from titan_ulysses.launch.agreement import Ranks
 from titan_ulysses.launch.failure import leave_together
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs, largest_head
-from titan_ulysses.observability.metrics import PeakMemory, describe_sets
+from titan_ulysses.observability.metrics import PeakMemory, describe_samples, describe_sets
 from titan_ulysses.observability.profiling import profiled
 from titan_ulysses.observability.progress import BlockWork, Progress, shows
 from titan_ulysses.observability.run_page import last_numbers, write_run_page
@@ -60,6 +60,7 @@ from titan_ulysses.train.preflight import (
 from titan_ulysses.train.references import FILE as REFERENCES
 from titan_ulysses.train.references import References
 from titan_ulysses.train.run_folder import Checkpoints, RunFolder
+from titan_ulysses.train.samples import continuations, encode_prompts
 from titan_ulysses.train.signals import RESTART, StopSignals, describe_signal
 from titan_ulysses.train.step import StepMetrics, TrainState, learning_rate, train_step
 from titan_ulysses.train.summary import print_completion, print_run_summary, print_wrapped
@@ -121,6 +122,7 @@ class Trainer:
         reading = (config, spec.tokenizer, spec.vision)
         training, held_out = open_sequences(*reading, eval_only=self._eval_only)
         sets = open_validation_sets(*reading)
+        self._prompts = encode_prompts(config, spec.tokenizer)
         has_weights = config.model.path or config.checkpoint.initial_load_path
         if self._eval_only and not (self.checkpoints.steps or has_weights):
             raise UserError(
@@ -390,8 +392,17 @@ class Trainer:
         """Evaluate the held-out data; return whether the model is the best so far."""
         sets, of_all = self._evaluate()
         is_best = self.state.best.note(self.state.step, sets, of_all)
-        self.log.log_validation(sets, of_all)
+        self.log.log_validation(sets, of_all, self._samples())
         return is_best
+
+    def _samples(self) -> dict[str, str]:
+        """Return how the model goes on with each of validation.prompts."""
+        if not self._prompts:
+            return {}
+        state, config = self.state, self.config
+        self.progress.begin(f"samples at step {state.step}")
+        found = continuations(config, state.model, state.spec.tokenizer, self._prompts)
+        return dict(zip(config.validation.prompts, found, strict=True))
 
     def _evaluate(self) -> tuple[dict[str, Evaluation], Evaluation]:
         """Evaluate each set of held-out data; return what each has, and all of them together."""
@@ -459,12 +470,18 @@ class Trainer:
         if config.checkpoint.push_to_hub and dist.get_rank() == 0:
             ((_, lines),) = read_runs([self.folder]).items()
             self._say(push(config, self.folder, results=last_numbers(lines)))
-        print_completion(state, self.console, self.folder)
+        print_completion(state, self.console, self.folder, length=self._length)
+
+    @property
+    def _length(self) -> str:
+        """The setting that ends the run."""
+        counts_steps = self.config.training.steps == self._given.training.steps
+        return "training.steps" if counts_steps else "training.epochs"
 
     def _how_far(self) -> str:
         state, best = self.state, self.state.best
         if state.step >= self.config.training.steps:
-            return f"all {state.step} steps. To go on, raise training.steps"
+            return f"all {state.step} steps. To go on, raise {self._length}"
         return (
             f"{state.step} steps: the last {best.waited} validations were not better than "
             f"{best.describe()}. To go on, raise validation.patience"
@@ -483,13 +500,17 @@ class Trainer:
             evaluated = str(self.checkpointer.folder / f"step-{state.step}")
         with self._progress(steps=1, done=0) as self.progress:
             sets, of_all = self._evaluate()
+            samples = self._samples()
         held_out = {name: x.sequences.describe() for name, x in state.validation_loaders.items()}
         values: dict[str, Any] = {"weights": evaluated, "held_out": held_out.get("") or held_out}
         if "" not in sets:
             values["sets"] = {name: one.as_json() for name, one in sets.items()}
+        if samples:
+            values["samples"] = samples
         text = json.dumps(values | of_all.as_json(), indent=2) + "\n"
         self.run_folder.write("evaluation.json", text)
-        self._say(f"{evaluated}: " + "\n".join([*of_all.describe(), *describe_sets(sets)]))
+        found = [*of_all.describe(), *describe_sets(sets), *describe_samples(samples)]
+        self._say(f"{evaluated}: " + "\n".join(found))
         self._say(f"Written to {self.folder / 'evaluation.json'}")
 
     # --- what a user sees -------------------------------------------------------------------------
