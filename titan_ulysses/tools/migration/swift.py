@@ -208,6 +208,7 @@ SWIFT = to.Format(
         to.only("dataset_shuffle train_dataloader_shuffle", (True,), "data is shuffled"),
         to.choice("strict", "data.bad_lines", {True: "stop", False: "skip"}),
         to.needless("use_hf", "names are of the Hugging Face hub"),
+        to.lost("model_author model_name", "write them into the data"),
         to.lost("system template agent_template", "the tokenizer's own chat template is used"),
         to.only("use_chat_template", (True,), 'set data.source = "hf" and data.text_field'),
         to.computed("max_length", "training.seq_len", _length),
