@@ -233,6 +233,7 @@ SWIFT = to.Format(
         to.lost("rope_scaling max_model_len", "set model.rope_scaling with a factor"),
         to.same("sequence_parallel_size", to.SEQUENCE),
         to.computed("deepspeed", "`memory.optimizer_offload`, of offload", _deepspeed, "FSDP2"),
+        to.lost("router_aux_loss_coef", "config.json says it (output_router_logits)"),
         to.needless("use_logits_to_keep use_flash_ckpt", "the loss is tiled"),
         to.computed("rlhf_type", "loss.name", _loss, "of swift rlhf"),
         to.needless("beta simpo_gamma cpo_alpha", "see rlhf_type"),
