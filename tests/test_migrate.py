@@ -679,6 +679,35 @@ def test_a_step_has_as_many_sequences_whatever_the_key_of_the_degree_is(tmp_path
         assert lost[2] == "--ranks 6 cannot be divided by 4 ranks of a sequence"
 
 
+def test_the_command_of_a_script(tmp_path: Path) -> None:
+    """The first that trains, as a shell would read it."""
+    (tmp_path / "run.sh").write_text("""
+# swift sft --model no
+swift export --model no && echo done
+export SIZE=16
+gpus=8
+NPROC_PER_NODE=$gpus \\
+swift pt more.yaml --model a/b --dataset c/d#500 'e f' ${SIZE} \\
+    --system 'Purpose: be kind' --lr_scheduler_kwargs '{"min_lr": 1e-6}' --lora-rank $SIZE \\
+    --packing --name="x y" --seed=3 # at night
+swift sft --model no
+""")
+    assert migrate.read_recipe(tmp_path / "run.sh") == {
+        "command": "swift pt",
+        "arguments": "more.yaml",
+        "model": "a/b",
+        "dataset": ["c/d#500", "e f", 16],
+        "system": "Purpose: be kind",
+        "lr_scheduler_kwargs": {"min_lr": 1e-6},
+        "lora_rank": 16,
+        "packing": True,
+        "name": "x y",
+        "seed": 3,
+        "env": {"SIZE": 16, "NPROC_PER_NODE": 8},
+        "other_commands": ["swift sft"],
+    }
+
+
 def test_options_may_stand_before_the_recipe(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -703,6 +732,7 @@ def test_options_may_stand_before_the_recipe(
             "a.yaml: which trainer is this recipe for\\? Say so with --from arctic|",
         ),
         ("a.yaml", "base_model: m\nlearning_rate: fast", "optimizer.lr = "),
+        ("a.sh", "python train.py", "a.sh: cannot be parsed: no command begins with swift or trl"),
     ],
 )
 def test_files_that_are_no_recipes(name: str, text: str, message: str, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import groupby, takewhile
 from pathlib import Path
 from string import Template
 from textwrap import fill
@@ -80,35 +81,61 @@ def _read_yaml(text: str) -> Any:
     return yaml.load(text, RecipeLoader)
 
 
-_LAUNCHERS = ("swift", "trl")
+_TRAINING = ("sft", "pt", "rlhf", "dpo")
 
 
 def _read_command(text: str) -> dict[str, Any]:
-    """Return the options of the first `swift ...` or `trl ...` in a script, as a table; what stands
-    before it, NAME=value, is under "env".
+    """Return the options of the first training command of ms-swift or TRL in a script, as a table;
+    the variables that are set for it are under "env". Other such commands are "other_commands".
     """
-    words = shlex.split(text.replace("\\\n", " "), comments=True)
-    env: dict[str, Any] = {}
-    while words and words[0] not in _LAUNCHERS:
-        name, equals, value = words.pop(0).partition("=")
-        if equals and name.isidentifier():
-            env[name] = _read_yaml(Template(value).safe_substitute(env))
-    if len(words) < 2:
-        raise ValueError(f"no command begins with {' or '.join(_LAUNCHERS)}")
+    lexer = shlex.shlex(
+        re.sub(r"(?m)^\s*#.*$", "", text.replace("\\\n", " ")),
+        posix=True,
+        punctuation_chars=";&|\n",
+    )
+    lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, ""
+    variables: dict[str, Any] = {}
+    found: list[tuple[list[str], dict[str, Any]]] = []
+    for is_end, group in groupby(lexer, lambda word: bool(word) and not word.strip(";&|\n")):
+        words, env = [] if is_end else [*group], dict(variables)
+        while words and (words[0] == "export" or re.match(r"\w+=", words[0])):
+            name, equals, value = words.pop(0).partition("=")
+            if equals:
+                env[name] = _scalar(Template(value).safe_substitute(env))
+        if not words:
+            variables = env
+        elif words[0] in ("swift", "trl") and len(words) > 1:
+            found.append((words, env))
+    if not found:
+        raise ValueError("no command begins with swift or trl")
+    commands = [one for one in found if one[0][1] in _TRAINING] or found
+    (launcher, what, *words), env = commands[0]
     options: dict[str, list[Any]] = {}
-    for word in (Template(word).safe_substitute(env) for word in words[2:]):
-        if word in (";", "&&", "||", "|", "&"):
-            break
+    last = "arguments"
+    for word in takewhile(lambda word: not word.startswith("#"), words):
         if word.startswith("--"):
-            option, equals, value = word[2:].partition("=")
-            options[option.replace("-", "_")] = [_read_yaml(value)] if equals else []
-        elif options:
-            options[[*options][-1]].append(_read_yaml(word))
-    table: dict[str, Any] = {"command": f"{words[0]} {words[1]}"}
-    for option, values in options.items():
-        table[option] = values[0] if len(values) == 1 else values or True
-    exported = {name: value for name, value in env.items() if name.isupper()}
-    return table | ({"env": exported} if exported else {})
+            last, equals, word = word[2:].partition("=")
+            last = last.replace("-", "_")
+            options[last] = []
+            if not equals:
+                continue
+        options.setdefault(last, []).append(_scalar(Template(word).safe_substitute(env)))
+    table = {"command": f"{launcher} {what}"} | {
+        option: values[0] if len(values) == 1 else values or True
+        for option, values in options.items()
+    }
+    table["env"] = {name: value for name, value in env.items() if name.isupper()}
+    table["other_commands"] = [" ".join(words[:2]) for words, _ in commands[1:]]
+    return {key: value for key, value in table.items() if value not in ({}, [])}
+
+
+def _scalar(text: str) -> Any:
+    """Return a word of a command line as a number, a boolean, a table or list, or else as text."""
+    try:
+        value = _read_yaml(text)
+    except Exception:  # it is a sentence
+        return text
+    return value if isinstance(value, (bool, int, float)) or text[:1] in ("{", "[") else text
 
 
 def flatten(table: dict[str, Any], prefix: str = "") -> Flat:
@@ -338,6 +365,7 @@ def main(argv: list[str]) -> None:
     )
     if not {"model.path", "model.config"} & migration.settings.keys():
         raise UserError(f"{path}: it names no model: add --model.path FOLDER.", exit_code=2)
+    print("\n".join(said_of(migration)), file=sys.stderr)
     text = as_text(path.name, migration)
     if options.output:
         if options.output.exists():
@@ -347,4 +375,3 @@ def main(argv: list[str]) -> None:
         print(f"{options.output}: {len(migration.settings)} of {len(KEYS)} settings are set.")
     else:
         print(text, end="")
-    print("\n".join(said_of(migration)), file=sys.stderr)

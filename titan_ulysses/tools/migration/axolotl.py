@@ -390,7 +390,9 @@ AXOLOTL = to.Format(
         to.computed("plugins", "liger and cut cross entropy are not needed", _plugins),
         to.needless("auto_resume_from_checkpoints", "the same command resumes"),
         to.needless("pad_to_sequence_len", "sequences have one length"),
-        to.needless("eval_sample_packing", "held-out data is packed as data.packing says"),
+        to.needless(
+            "eval_sample_packing eval_batch_size", "held-out data is packed as data.packing says"
+        ),
         to.lost("eot_tokens", "the chat template marks what is trained"),
         to.lost("loss_watchdog_*", "training.skip_nonfinite, and loss_spike in the metrics"),
         to.needless("fsdp_version fsdp_final_state_dict_type", "FSDP2 is always used"),
