@@ -56,9 +56,7 @@ ACCELERATE = to.Format(
             (1, "auto"),
             "set training.global_batch_size",
         ),
-        to.lost(
-            "deepspeed_config.deepspeed_config_file", "there is no such file beside the recipe"
-        ),
+        to.lost("deepspeed_config.deepspeed_config_file", "no such file beside the recipe"),
         *to.deepspeed("deepspeed_config.file"),
         to.needless("deepspeed_config.*", "FSDP2 shards what ZeRO stage 3 does"),
         to.choice(
@@ -77,9 +75,7 @@ ACCELERATE = to.Format(
             "an option of torchrun",
         ),
         to.needless("same_network", "see [comm]"),
-        to.needless(
-            "compute_environment", "see docs/many-nodes.md for torchrun, SLURM and Kubernetes"
-        ),
+        to.needless("compute_environment", "see docs/many-nodes.md"),
         to.needless("gpu_ids", "set CUDA_VISIBLE_DEVICES"),
         to.needless("main_training_function", "it is train.py"),
         to.needless("downcast_bf16 tpu_*", "only TPUs need it"),

@@ -213,9 +213,7 @@ ARCTIC = to.Format(
             "`lr_scheduler.warmup_ratio`; `lr_scheduler.warmup_steps`, of train_iters",
             _warmup,
         ),
-        to.computed(
-            "checkpoint", "`checkpoint.*`; of type huggingface: `checkpoint.export`", _checkpoint
-        ),
+        to.computed("checkpoint", "`checkpoint.*`, `checkpoint.export`", _checkpoint),
         to.same("wandb.enable", "metrics.enable_wandb"),
         to.needless("wandb.*", "set WANDB_PROJECT, WANDB_ENTITY and others in the environment"),
         to.same("logger.output_dir", "job.dump_folder"),

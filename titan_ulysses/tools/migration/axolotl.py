@@ -266,14 +266,10 @@ AXOLOTL = to.Format(
             '`true`: `data.packing = "best_fit"`, or `"concat"` where data is streamed',
             _packing,
         ),
-        to.computed(
-            "datasets", "`data.source`, `data.path` and others, or `data.mixture`", _datasets
-        ),
+        to.computed("datasets", "`data.source` and others, or `data.mixture`", _datasets),
         to.computed("pretraining_dataset", "`data.streaming = true` and the same", _pretraining),
         to.computed("val_set_size", "validation.enable", _held_out, to.SHARE_HELD_OUT),
-        to.computed(
-            "eval_steps eval_strategy", "`validation.enable`, `validation.interval`", _evaluates
-        ),
+        to.computed("eval_steps eval_strategy", "validation.interval", _evaluates),
         to.lost("test_datasets", "name the file in validation.path"),
         to.choice("train_on_inputs", "data.train_on", {True: "all", False: "assistant"}),
         to.lost("min_sample_len", "filter the data in advance"),
@@ -283,9 +279,7 @@ AXOLOTL = to.Format(
             _long,
         ),
         to.computed("rl", "`loss.name`, with datasets of type chat_template.default", _rl),
-        to.computed(
-            "rl_beta trl.beta", "`loss.beta`, of preferences", _of_loss("loss.beta", *PREFERENCES)
-        ),
+        to.computed("rl_beta trl.beta", "loss.beta", _of_loss("loss.beta", *PREFERENCES)),
         to.computed("orpo_alpha", "`loss.beta`, of orpo", _of_loss("loss.beta", "orpo")),
         to.computed("simpo_gamma", "loss.simpo_gamma", _of_loss("loss.simpo_gamma", "simpo")),
         to.needless("cpo_alpha", "see rl"),
@@ -336,10 +330,7 @@ AXOLOTL = to.Format(
             {True: "host", "legacy hidden_states": "host", "disk": "disk", False: None},
         ),
         to.needless("tiled_mlp*", "MLPs are tiled by default (memory.mlp_tile_tokens)"),
-        to.needless(
-            "chunked_cross_entropy* flash_attn_cross_entropy liger_*",
-            "the loss is tiled (memory.loss_tile_tokens)",
-        ),
+        to.needless("chunked_cross_entropy* flash_attn_cross_entropy liger_*", "the loss is tiled"),
         to.attention("attn_implementation"),
         to.needless("flash_attention", to.FLASH),
         to.choice("sdp_attention", "model.attention", {True: "sdpa", False: None}),
@@ -370,9 +361,7 @@ AXOLOTL = to.Format(
         to.lost("unfrozen_parameters", "name what is frozen in model.freeze"),
         to.same("overrides_of_model_config.rope_scaling", "model.rope_scaling"),
         to.same("dataset_prepared_path", "data.cache_folder"),
-        to.computed(
-            "save_strategy save_steps", "`checkpoint.enable`, `checkpoint.interval`", _saves
-        ),
+        to.computed("save_strategy save_steps", "checkpoint.interval", _saves),
         to.computed("saves_per_epoch", "checkpoint.interval", partial(_of_epoch, "checkpoint")),
         to.computed("evals_per_epoch", "validation.interval", partial(_of_epoch, "validation")),
         to.computed(
@@ -385,14 +374,12 @@ AXOLOTL = to.Format(
         to.only(
             "chat_template",
             ("tokenizer_default",),
-            "put the template into the folder of the tokenizer",
+            "put it into the folder of the tokenizer",
         ),
         to.computed("plugins", "liger and cut cross entropy are not needed", _plugins),
         to.needless("auto_resume_from_checkpoints", "the same command resumes"),
         to.needless("pad_to_sequence_len", "sequences have one length"),
-        to.needless(
-            "eval_sample_packing eval_batch_size", "held-out data is packed as data.packing says"
-        ),
+        to.needless("eval_sample_packing eval_batch_size", "held-out data is read as [data] says"),
         to.lost("eot_tokens", "the chat template marks what is trained"),
         to.lost("loss_watchdog_*", "training.skip_nonfinite, and loss_spike in the metrics"),
         to.needless("fsdp_version fsdp_final_state_dict_type", "FSDP2 is always used"),

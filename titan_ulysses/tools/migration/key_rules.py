@@ -212,9 +212,9 @@ FP16 = "fp16 needs loss scaling: take bf16"
 
 
 def attention(theirs: str) -> Rule:
-    flash = "flash_attention_2 flash_attention_3 flash_attention_4"
+    flash = "auto fa2 fa3 flash_attn flash_attention_2 flash_attention_3 flash_attention_4"
     names = {flash: None, "sdpa": "sdpa", "flex_attention": "flex"}
-    lost = {"eager": "eager attention builds an S x S matrix"}
+    lost = {"eager disabled": "eager attention builds an S x S matrix"}
     return choice(theirs, "model.attention", names, lost, FLASH)
 
 

@@ -167,20 +167,14 @@ LLAMA_FACTORY = to.Format(
         to.same("model_name_or_path", "model.path"),
         to.only("model_revision", ("main",), "download that revision"),
         to.lost("adapter_name_or_path", "merge the adapter into the model first"),
-        to.needless(
-            "use_fast_tokenizer cache_dir low_cpu_mem_usage", "HF_HOME says where files are"
-        ),
+        to.needless("use_fast_tokenizer cache_dir low_cpu_mem_usage", "see HF_HOME"),
         to.lost("trust_remote_code", "code of a model folder is never run"),
         to.computed("stage pref_loss", "loss.name", _stage, "sft and pt are cross_entropy"),
         to.only("finetuning_type", ("full", "lora"), "set model.freeze, or lora.rank"),
         *to.adapters("lora_rank", "lora_target", _is_lora),
-        to.choice(
-            "quantization_bit", "lora.quantize_base", {4: "nf4"}, {8: "no weights in 8 bits"}
-        ),
+        to.choice("quantization_bit", "lora.quantize_base", {4: "nf4"}, {8: "only 4 bits"}),
         to.lost("use_llama_pro freeze_*", "name what is frozen in model.freeze, or model.vision"),
-        to.computed(
-            "pref_beta", "`loss.beta`, of dpo and kto", _of_preferences("loss.beta", "dpo", "kto")
-        ),
+        to.computed("pref_beta", "loss.beta", _of_preferences("loss.beta", "dpo", "kto")),
         to.same("dpo_label_smoothing", "loss.label_smoothing"),
         to.same("kto_chosen_weight", "loss.desirable_weight"),
         to.same("kto_rejected_weight", "loss.undesirable_weight"),
@@ -190,9 +184,7 @@ LLAMA_FACTORY = to.Format(
         to.needless("dataset_dir media_dir", "data.path has it"),
         to.needless("plot_loss", "report.html has it"),
         to.needless("interleave_probs", "weights of data.mixture"),
-        to.only(
-            "mix_strategy", ("concat", "interleave_over"), "each source begins again at its end"
-        ),
+        to.only("mix_strategy", ("concat", "interleave_over"), "sources begin again at their end"),
         to.lost("eval_dataset", "name the file in validation.path"),
         to.lost("val_size", to.SHARE_HELD_OUT),
         to.lost("template tool_format default_system", "the tokenizer's own chat template is used"),
@@ -200,18 +192,10 @@ LLAMA_FACTORY = to.Format(
         to.computed("packing neat_packing", "data.packing", _packing),
         to.computed("train_on_prompt mask_history", "data.train_on", _trained),
         to.same("streaming", "data.streaming"),
-        to.needless(
-            "buffer_size overwrite_cache preprocessing_* data_shared_file_system", "chosen"
-        ),
+        to.needless("buffer_size overwrite_cache preprocessing_*", "chosen"),
         to.lost("max_samples", "prepare a part of the data in advance"),
         to.lost("disable_shuffling", "data is shuffled"),
-        to.choice(
-            "flash_attn",
-            "model.attention",
-            {"auto fa2 fa3": None, "sdpa": "sdpa"},
-            {"disabled": "eager attention builds an S x S matrix"},
-            to.FLASH,
-        ),
+        to.attention("flash_attn"),
         to.lost("rope_scaling", "set model.rope_scaling with a factor"),
         to.lost("resize_vocab add_tokens add_special_tokens", "see model.resize_embeddings"),
         to.choice(

@@ -152,7 +152,7 @@ def _loss(value: str, values: Flat) -> Flat:
 def _deepspeed(value: str, _: Flat) -> Flat:
     name, offload = (*str(value).split("_", 1), "")[:2]
     if name not in ("zero0", "zero1", "zero2", "zero3") or offload not in ("", "offload"):
-        raise Lost("there is no such file beside the recipe")
+        raise Lost("no such file beside the recipe")
     found = {"memory.optimizer_offload": True} if offload else {}
     return found | ({"memory.parameter_offload": True} if offload and name == "zero3" else {})
 
@@ -199,9 +199,7 @@ SWIFT = to.Format(
         to.needless("interleave_prob", "weights of data.mixture"),
         to.lost("val_dataset", "name the file in validation.path"),
         to.computed("split_dataset_ratio", "validation.enable", _held_out, to.SHARE_HELD_OUT),
-        to.computed(
-            "eval_strategy eval_steps", "`validation.enable`, `validation.interval`", _evaluates
-        ),
+        to.computed("eval_strategy eval_steps", "validation.interval", _evaluates),
         to.same("streaming", "data.streaming"),
         to.needless("load_from_cache_file dataset_num_proc shuffle_buffer_size", "chosen"),
         to.needless("lazy_tokenize packing_num_proc packing_strategy", "see data.packing"),
@@ -219,17 +217,7 @@ SWIFT = to.Format(
         to.same("max_pixels", "data.max_pixels"),
         to.computed("torch_dtype", "training.param_dtype", _precision),
         to.needless("bf16", "see torch_dtype"),
-        to.choice(
-            "attn_impl",
-            "model.attention",
-            {
-                "flash_attn flash_attention_2 flash_attention_3 flash_attention_4": None,
-                "sdpa": "sdpa",
-                "flex_attention": "flex",
-            },
-            {"eager": "eager attention builds an S x S matrix"},
-            to.FLASH,
-        ),
+        to.attention("attn_impl"),
         to.lost("rope_scaling max_model_len", "set model.rope_scaling with a factor"),
         to.same("sequence_parallel_size", to.SEQUENCE),
         to.computed("deepspeed", "`memory.optimizer_offload`, of offload", _deepspeed, "FSDP2"),

@@ -58,10 +58,7 @@ TORCHTITAN = to.Format(
         to.needless("job.*", "job.name names a run"),
         to.same("metrics.log_freq", "metrics.log_interval"),
         to.needless("metrics.*", "TensorBoard is always written, by rank 0"),
-        to.needless(
-            "model.name model.flavor model.norm_type",
-            "model.path names a folder, whose config.json says it",
-        ),
+        to.needless("model.name model.flavor model.norm_type", "config.json of model.path says it"),
         to.same("model.hf_assets_path", "model.path", "it must hold the weights too"),
         to.computed("model.tokenizer_path", "model.tokenizer", _tokenizer),
         to.computed("model.converters", "quantize.float8", _converters),
@@ -100,18 +97,13 @@ TORCHTITAN = to.Format(
             to.NO_TENSOR,
         ),
         to.needless("training.enable_loss_parallel", "it belongs to tensor parallelism"),
-        to.choice(
-            "training.dataset",
-            "",
-            {"c4": _C4},
-            {"c4_test c4_validation": "set data.path"},
-        ),
+        to.choice("training.dataset", "", {"c4": _C4}, {"c4_test c4_validation": "set data.path"}),
         to.same("training.dataset_path", "data.path"),
         to.same("training.enable_cpu_offload", "memory.parameter_offload"),
         to.only(
             "training.dtype",
             ("float32",),
-            "master weights are in fp32, unless optimizer.stochastic_rounding",
+            "set optimizer.stochastic_rounding",
         ),
         to.same("training.mixed_precision_param", "training.param_dtype"),
         to.same("training.mixed_precision_reduce", "training.reduce_dtype"),
@@ -157,18 +149,11 @@ TORCHTITAN = to.Format(
         to.needless("activation_checkpoint.*", "it belongs to selective checkpoints"),
         to.needless("compile.*", "MLPs and norms are compiled"),
         to.same("float8.enable_float8_linear", "quantize.float8", "before 0.1"),
-        to.needless(
-            "quantize.linear.float8.* float8.*", "float8 of each linear layer of the blocks"
-        ),
+        to.needless("quantize.linear.float8.* float8.*", "float8 of linear layers"),
         to.same("comm.init_timeout_seconds", "comm.startup_timeout_s"),
         to.same("comm.train_timeout_seconds", "comm.timeout_s"),
         to.needless("comm.*", "stacks of all ranks are in stacks/ of the run"),
-        to.choice(
-            "validation.dataset",
-            "",
-            {},
-            {"c4_validation": "set validation.path or validation.split"},
-        ),
+        to.choice("validation.dataset", "", {}, {"c4_validation": "set validation.path"}),
         to.same("validation.dataset_path", "validation.path"),
         to.same("validation.freq", "validation.interval"),
         to.computed(

@@ -172,22 +172,14 @@ _RULES = [
     to.lost("neftune_noise_alpha", "no noise is added to embeddings"),
     to.computed("output_dir", "`job.dump_folder`, `job.name`", output),
     to.same("logging_steps", "metrics.log_interval"),
-    to.computed(
-        "save_strategy save_steps",
-        "`checkpoint.enable`, `checkpoint.interval`",
-        strategy("checkpoint", "save"),
-    ),
+    to.computed("save_strategy save_steps", "checkpoint.interval", strategy("checkpoint", "save")),
     to.computed(
         "save_total_limit",
         "checkpoint.keep_latest_k",
         lambda n, _: {"checkpoint.keep_latest_k": 0 if n == "all" else int(n)},
     ),
     EXPORT,
-    to.computed(
-        "eval_strategy eval_steps",
-        "`validation.enable`, `validation.interval`",
-        strategy("validation", "eval"),
-    ),
+    to.computed("eval_strategy eval_steps", "validation.interval", strategy("validation", "eval")),
     to.computed("report_to", "metrics.enable_wandb", _report, "TensorBoard is always written"),
     to.lost("push_to_hub", "name a repository in checkpoint.push_to_hub"),
     to.needless("hub_*", "see checkpoint.push_to_hub"),
@@ -201,7 +193,7 @@ _RULES = [
     to.needless("local_rank ddp_*", "torchrun says it; see [comm]"),
     to.computed("fsdp", "`memory.parameter_offload`, of offload", _fsdp, _FSDP),
     *fsdp_config(),
-    to.lost("deepspeed", "there is no such file beside the recipe"),
+    to.lost("deepspeed", "no such file beside the recipe"),
     *to.deepspeed("deepspeed"),
 ]
 

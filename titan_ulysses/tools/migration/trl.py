@@ -127,9 +127,7 @@ TRL = to.Format(
     ),
     [
         to.computed("command", "loss.name", _command, "sft is cross_entropy"),
-        to.needless(
-            "env.CUDA_VISIBLE_DEVICES env.NCCL_* accelerate_config num_processes", "torchrun"
-        ),
+        to.needless("env.CUDA_VISIBLE_DEVICES accelerate_config num_processes", "torchrun"),
         to.lost("env.*", "no such variable is read"),
         to.same("model_name_or_path", "model.path"),
         to.only("model_revision", ("main",), "download that revision"),
@@ -160,9 +158,7 @@ TRL = to.Format(
         to.lost("dataset_test_split dataset_splits", "name it in validation.split"),
         to.same("dataset_streaming streaming", "data.streaming"),
         to.needless("dataset_num_proc dataset_kwargs* preprocessing_num_workers", "chosen"),
-        to.lost(
-            "chat_template chat_template_path eos_token pad_token", "that of the tokenizer is used"
-        ),
+        to.lost("chat_template chat_template_path eos_token pad_token", "the tokenizer's is used"),
         to.same("max_length max_seq_length", "training.seq_len"),
         to.only("truncation_mode", ("keep_start",), "it is dropped or split"),
         to.computed("packing packing_strategy", "`data.packing`, `data.long_documents`", _packing),
