@@ -20,9 +20,9 @@ SETTINGS: Settings = {
     "lr_scheduler.warmup_steps": 0,
     "optimizer.lr": 1e-2,
     "checkpoint.export": True,
-    "metrics.enable_report": True,
 }
 SHARED: Settings = {"parallelism.sequence_parallel_degree": 2, "memory.stream_chunk_tokens": 8}
+SHARED["metrics.enable_report"] = True
 """Two ranks share a sequence, in chunks; the slices of one prompt end in padding. Both prompts are
 sampled at once.
 """

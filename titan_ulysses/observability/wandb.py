@@ -38,7 +38,8 @@ class WandbRun:
         """config: the settings, shown on the run's page. say: called once with a message for the
         user if wandb fails.
         """
-        self._say, self._wandb = say, None
+        self._say = say
+        self._wandb: Any = None
         self._safely(self._start, folder, name, config)
 
     def _start(self, folder: Path, name: str, config: dict[str, Any]) -> None:

@@ -139,8 +139,8 @@ def show_source(
     )
     console.print(Text(total, style="bold"))
     if roles:
-        of = {} if source.train_on == "all" else {"assistant": f" ({trained:,} trained on)"}
-        each = ", ".join(f"{role} {count:,}{of.get(role, '')}" for role, count in roles.items())
+        more = {} if source.train_on == "all" else {"assistant": f" ({trained:,} trained on)"}
+        each = ", ".join(f"{role} {count:,}{more.get(role, '')}" for role, count in roles.items())
         console.print(Text(f"{setting}: tokens by role: {each}", style="bold"))
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_ulysses.config.schema import Config
+from titan_ulysses.config.schema import Config, SourceSettings
 from titan_ulysses.data.chat import encode_question
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.data.tokenizer import encode
@@ -33,7 +33,8 @@ def encode_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[n
     UserError for one that is empty, or too long for training.seq_len with what follows.
     """
     validation, found = config.validation, []
-    chats = any(one.source == "chat" for one in config.data.mixture or [config.data])
+    sources: list[SourceSettings] = [*config.data.mixture] or [config.data]
+    chats = any(one.source == "chat" for one in sources)
     for number, prompt in enumerate(validation.prompts):
         try:
             if chats:
