@@ -1,13 +1,14 @@
-"""Try every causal type of transformers, and write what trains exactly.
+"""Try every type of transformers that is causal, or takes images and text, and write what trains
+exactly.
 
-    python scripts/check_models.py              all types: about half an hour of two cores
+    python scripts/check_models.py              all types: about 45 minutes of two cores
     python scripts/check_models.py falcon dory  only these; the rows of others stay as they are
 
 Of each type, a tiny model (`verification.shrink` of the type's default config) is trained for one
 step on two ranks, packed and sharded, streamed and not, and again with adapters on its linear
 layers and experts. Its loss and all gradients must equal those of unmodified transformers, or peft,
-on each document alone. The result goes to titan_ulysses/tools/models.json, from which
-`titan-ulysses models` prints, and to docs/model-types.md.
+on each document alone, with its images. The result goes to titan_ulysses/tools/models.json, from
+which `titan-ulysses models` prints, and to docs/model-types.md.
 
 Two processes try several types one after the other. If they die, or do not answer in time, that is
 the result of the type, and two others go on with the next.
@@ -27,7 +28,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from titan_ulysses import build_mesh
@@ -39,6 +45,7 @@ from titan_ulysses.model import hf
 from titan_ulysses.model.families import check_family, layer_types
 from titan_ulysses.model.lora import add_adapters, initialize_adapters
 from titan_ulysses.model.verification import shrink
+from titan_ulysses.model.vision import takes_features
 from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.options import ParallelOptions
 from titan_ulysses.setup.parallelize import verified_options
@@ -51,18 +58,32 @@ SECONDS = 240
 """After which a type has no answer; most take two."""
 UNSET = {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2}
 """Sizes that the default configs of some types leave out."""
-OWN = {"lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2}}
-"""What a type must be told, because its default config cannot be built."""
+OWN: dict[str, dict[str, Any]] = {
+    # 224 pixels are 7 patches, of which pairs are merged.
+    **dict.fromkeys(("idefics3", "smolvlm"), {"vision_config": {"image_size": 256}}),
+    "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
+    "step3p7": {"text_config": {"sliding_window": 512}},
+}
+"""What a type must be told, because its default config cannot be built or run."""
 PAGE = Path(__file__).parent.parent / "docs" / "model-types.md"
 
 
+def all_types() -> list[str]:
+    """Return the causal types, and those of images and text that take features."""
+    of_images = {x.model_type for x in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if takes_features(x)}
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} | of_images)
+
+
 def adapters_for(model: PreTrainedModel) -> LoRA:
-    """Return adapters for all linear layers and experts of a model; in mixtures whose shared
+    """Return adapters for all linear layers and experts of a model's text; in mixtures whose shared
     experts peft does not take for linear layers, for those of attention and experts.
     """
-    modules = [x for x in model.modules() if not isinstance(x, torch.nn.Conv1d)]
+    text = model.get_decoder() if hf.has_vision(model.config) else model
+    modules = [x for x in text.modules() if not isinstance(x, torch.nn.Conv1d)]
     experts = any(p.ndim == 3 for x in modules for p in x.parameters(recurse=False))
-    everything = LoRA(rank=2, target_modules=["*"] * experts, target_parameters=["*"] * experts)
+    within = next(name for name, module in model.named_modules() if module is text)
+    names = [f"{within}.*" if within else "*"] * experts
+    everything = LoRA(rank=2, target_modules=names, target_parameters=names)
     try:
         add_adapters(hf.build_on_meta(model.config, torch.float64), everything)
     except UserError:
@@ -86,34 +107,37 @@ def adapt(model: PreTrainedModel) -> None:
 def config_of(kind: str) -> PreTrainedConfig:
     """Return the default config of a type, with sizes where it has none."""
     config = CONFIG_MAPPING[kind](**OWN.get(kind, {}))
-    own = dict(UNSET)
-    if heads := getattr(config, "num_attention_heads", None):
-        own |= {"head_dim": config.hidden_size // heads}
+    text, own = config.get_text_config(), dict(UNSET)
+    if heads := getattr(text, "num_attention_heads", None):
+        own |= {"head_dim": text.hidden_size // heads}
     for name, value in own.items():
-        if vars(config).get(name, 0) is None:
-            setattr(config, name, value)
+        if vars(text).get(name, 0) is None:
+            setattr(text, name, value)
     return config
 
 
 def tried(kind: str, mesh: Mesh) -> dict[str, str]:
     """Return what a type does: its result, and where it is not exact, the reason."""
+    of_images = {"takes": "images and text"}
+    row = {} if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else of_images
     try:
         config = config_of(kind)
+        row = of_images if hf.has_vision(config) else row
         check_family(config)
         try:
             tiny = shrink(config)
         except Exception as error:
             raise UserError(f"its config cannot be reduced to a tiny model ({error})") from error
         model = hf.build_on_meta(tiny, torch.float64)
-        blocks, types = find_blocks(model)[1], layer_types(model.config)
+        blocks, types = find_blocks(model)[1], layer_types(model.config.get_text_config())
         if types or model._is_stateful:
             check_layers(blocks, types, is_stateful=model._is_stateful, device_type="cpu")
         options = ParallelOptions(attention=sdpa).resolved(torch.float64)
         found = verified_options(config, mesh, options)
     except Exception as error:
-        return {"result": "refused", "reason": _said(error)}
+        return row | {"result": "refused", "reason": _said(error)}
     streamed = found.memory.stream_chunk_tokens != -1
-    row = {"result": "exact" if streamed else "exact unstreamed"}
+    row |= {"result": "exact" if streamed else "exact unstreamed"}
     try:
         only = (
             " (attention and experts)" if adapters_for(model).target_modules == ["*attn*"] else ""
@@ -184,7 +208,7 @@ def main() -> None:
     parser.add_argument("kinds", nargs="*", help="types; without any, all of them")
     args = parser.parse_args()
     started = time.monotonic()
-    rows = try_all(args.kinds or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    rows = try_all(args.kinds or all_types())
     print(f"{len(rows)} types in {time.monotonic() - started:.0f} s")
     if args.kinds:
         table = json.loads(TABLE.read_text())

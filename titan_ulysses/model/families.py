@@ -72,6 +72,8 @@ CHECKED_FAMILIES = {
     "qwen2_5_vl",
     "qwen2_vl",
     "qwen3",
+    "qwen3_5",
+    "qwen3_5_moe",
     "qwen3_5_moe_text",
     "qwen3_5_text",
     "qwen3_moe",

@@ -16,7 +16,7 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import select_best_resolution
 
@@ -36,6 +36,9 @@ _SETTINGS = {
 
 ONE_PLACEHOLDER = {"glm46v", "glm4v", "glm4v_moe", "glm_ocr"}
 """Families whose videos have the placeholders of images, so that a batch cannot have both."""
+
+_PATCHES_AS_IMAGES = {"kimi_k25", "paddleocr_vl"}
+"""Families whose patches are not rows of numbers, but images of [channels, patch, patch]."""
 
 Run = tuple[int, int, int]
 """(row, begin, end) of placeholders that follow each other."""
@@ -182,10 +185,8 @@ class PixelInputs:
         channels = _number(self.config, "in_channels", "num_channels", "in_chans", default=3)
         height, width = (n * merge for n in units)
         if self.grid in self.names:
-            kinds = (nn.Conv2d, nn.Conv3d)
-            first = next((x for x in self.encoder.modules() if isinstance(x, kinds)), None)
-            as_images = isinstance(first, nn.Conv2d)  # what it takes are images of a patch
             row = channels * _number(self.config, "temporal_patch_size") * patch**2
+            as_images = self.config.model_type in _PATCHES_AS_IMAGES
             one = (channels, patch, patch) if as_images else (row,)
             return {
                 self.pixels: torch.ones(height * width, *one),

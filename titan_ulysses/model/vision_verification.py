@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from titan_ulysses.data.images import Pixels, positions_of_rows
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length
 from titan_ulysses.model import hf
@@ -56,6 +57,9 @@ def shrink_vision(
     for name, most in narrow.items():
         if isinstance(getattr(tower, name, None), int):
             setattr(tower, name, min(most, getattr(tower, name)))
+    for name, value in vars(tiny).items():  # of a projector
+        if name.endswith("hidden_size") and value == getattr(config.vision_config, width, None):
+            setattr(tiny, name, getattr(tower, width))
     for name in ("out_hidden_size", "hidden_size", "text_hidden_size"):
         if name != width and isinstance(getattr(tower, name, None), int):
             setattr(tower, name, text.hidden_size)
@@ -71,7 +75,11 @@ def shrink_vision(
                 setattr(owner, name, 0.0)
             elif name == "initializer_range":
                 owner.initializer_range = 0.2
-    if positions_of(hf.build_on_meta(tiny, torch.float32)) is not None:
+    try:
+        counts_along_axes = positions_of(hf.build_on_meta(tiny, torch.float32)) is not None
+    except UserError:  # perhaps because its heads have too few frequencies for its axes
+        counts_along_axes = True
+    if counts_along_axes:
         _fit_axes(text)
     return tiny
 
@@ -83,7 +91,7 @@ def _fit_axes(text: PreTrainedConfig) -> None:
         rope["partial_rotary_factor"] = 0.5
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     each, rest = divmod(int(size * rope.get("partial_rotary_factor", 1.0)) // 2, 3)
-    rope["mrope_section"] = [each + rest, each, each]
+    rope["mrope_section"] = [each, each, each + rest]
 
 
 def _is_token(name: str) -> bool:

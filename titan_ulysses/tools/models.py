@@ -1,4 +1,4 @@
-"""`titan-ulysses models`: which causal types of transformers train exactly, and why others do not.
+"""`titan-ulysses models`: which types of transformers train exactly, and why others do not.
 
     titan-ulysses models            all of them
     titan-ulysses models falcon     one: its result, with and without adapters
@@ -23,7 +23,7 @@ from titan_ulysses.distributed.errors import UserError
 TABLE = Path(__file__).with_name("models.json")
 Row = dict[str, str]
 """result: "exact", "exact unstreamed" or "refused"; reason, of a refusal; adapters: "exact", "exact
-unstreamed" or why not.
+unstreamed" or why not; takes: "images and text", of a model that is trained on both.
 """
 
 
@@ -43,27 +43,35 @@ def as_markdown(table: dict[str, Any]) -> str:
     """Return the page of the documentation that shows the table."""
     made = ", ".join(f"{name} {number}" for name, number in table["versions"].items())
     lines = [
-        "# Causal types of transformers",
+        "# Types of transformers",
         "",
-        "`python scripts/check_models.py` tries each type: one step of a tiny model on two ranks,",
-        "packed and sharded, against unmodified transformers on each document alone, and again",
-        "with adapters against peft. This table was made with",
+        "`python scripts/check_models.py` tries each causal type, and each of images and text:",
+        "one step of a tiny model on two ranks, packed and sharded, against unmodified",
+        "transformers on each document alone, and again with adapters against peft, with",
         f"{made}. A type that is missing was not tried.",
         "`titan-ulysses models NAME` prints a row, with the whole reason of a refusal.",
         "",
-        f"{_counted(table)}",
-        "",
         "- exact: loss and all gradients are equal, streamed and not",
         "- exact unstreamed: only without streaming, which is then off",
-        "",
-        "| type | result | with adapters |",
-        "|---|---|---|",
     ]
-    for kind, row in table["types"].items():
-        refused = row["result"] == "refused"
-        what = f"refused: {_short(row['reason'])}" if refused else row["result"]
-        lines.append(f"| `{kind}` | {what} | {_short(row.get('adapters', ''))} |")
+    for title, types in (("Text", of_text(table)), ("Images and text", of_images(table))):
+        lines += ["", f"## {title}", "", _counted(types), ""]
+        lines += ["| type | result | with adapters |", "|---|---|---|"]
+        for kind, row in types.items():
+            refused = row["result"] == "refused"
+            what = f"refused: {_short(row['reason'])}" if refused else row["result"]
+            lines.append(f"| `{kind}` | {what} | {_short(row.get('adapters', ''))} |")
     return "\n".join(lines) + "\n"
+
+
+def of_text(table: dict[str, Any]) -> dict[str, Row]:
+    """Return the rows of models of text."""
+    return {kind: row for kind, row in table["types"].items() if "takes" not in row}
+
+
+def of_images(table: dict[str, Any]) -> dict[str, Row]:
+    """Return the rows of models of images and text."""
+    return {kind: row for kind, row in table["types"].items() if "takes" in row}
 
 
 def _short(reason: str) -> str:
@@ -72,10 +80,10 @@ def _short(reason: str) -> str:
     return reason if len(reason) <= 60 else reason[:57].rpartition(" ")[0] + " ..."
 
 
-def _counted(table: dict[str, Any]) -> str:
-    counts = Counter(row["result"] for row in table["types"].values())
+def _counted(types: dict[str, Row]) -> str:
+    counts = Counter(row["result"] for row in types.values())
     parts = ", ".join(f"{count} {result}" for result, count in counts.most_common())
-    return f"{len(table['types'])} types: {parts}."
+    return f"{len(types)} types: {parts}."
 
 
 def main(argv: list[str]) -> None:
@@ -88,8 +96,8 @@ def main(argv: list[str]) -> None:
     if name is not None and name not in types:
         near = get_close_matches(name, types, n=3)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise UserError(f'titan-ulysses models: no causal type "{name}" is known.{hint}')
+        raise UserError(f'titan-ulysses models: no type "{name}" is known.{hint}')
     for kind in [name] if name else types:
         print(line(kind, types[kind]))
     made = ", ".join(f"{package} {number}" for package, number in table["versions"].items())
-    print(f"{'' if name else _counted(table) + ' '}Tried with {made}.")
+    print(f"{'' if name else _counted(types) + ' '}Tried with {made}.")
