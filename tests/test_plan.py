@@ -418,6 +418,27 @@ def test_the_longest_sequence_of_a_step_that_may_not_be_longer():
     assert len(lengths) <= 5, "it simulates too many lengths"
 
 
+def test_the_longest_sequence_that_a_host_has_room_for():
+    """Its buffers are rounded up to powers of two, so that a line is not enough."""
+    from titan_ulysses.plan.planner import make_plan, set_up
+    from titan_ulysses.plan.search import at_length, longest
+
+    lengths = []
+
+    def counted(setup):
+        lengths.append(setup.config.training.seq_len)
+        return make_plan(setup)
+
+    one_layer = LLAMA | {"num_hidden_layers": 1, "max_position_embeddings": 2**24}
+    streamed = {"memory__stream_chunk_tokens": 1024, "memory__stream_offload": "host"}
+    streamed["model__config"] = one_layer
+    room = plan_of(**streamed, training__seq_len=20_480).host_bytes / 2**30
+    setup = set_up(config(**streamed, plan__host_memory_gib=0.9 * room))
+    found = longest(setup, near=16_384, plan=counted)
+    assert found.fits and len(lengths) <= 4
+    assert not make_plan(at_length(setup, found.seq_len + 256)).host_fits
+
+
 def test_hidden_states_off_the_gpu_take_time():
     """Closed form: what each part of the model reads and writes, in bf16."""
     from titan_ulysses.plan.cost import OFF_DEVICE, TO_DEVICE

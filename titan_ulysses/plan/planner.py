@@ -23,7 +23,7 @@ from titan_ulysses.observability.metrics import attention_flops
 from titan_ulysses.plan.cost import KINDS, Cost, Links, Time, clock, step_time
 from titan_ulysses.plan.cuda_memory import CudaWorkspace, Reserve, pinned, reserves
 from titan_ulysses.plan.layers import simulate_by_layers
-from titan_ulysses.plan.memory import Peak
+from titan_ulysses.plan.memory import Allocation, Peak
 from titan_ulysses.plan.simulate import Simulation
 from titan_ulysses.plan.standin import Standin
 from titan_ulysses.setup.options import select_core
@@ -407,9 +407,7 @@ def make_plan(setup: Setup, *, wrap: Callable[..., object] = wrap) -> Plan:
     peak, host_peak = memory.peak("device", first=start), memory.peak("host", first=start)
     host: Counter[str] = Counter()
     for allocation, size in host_peak.alive.items():
-        # Checkpoints are in buffers of exactly their size. PyTorch's allocator pins the rest.
-        exact = allocation.component == "checkpoints"
-        host[allocation.component] += (size if exact else pinned(size)) * setup.ranks_per_node
+        host[allocation.component] += on_host(allocation, size) * setup.ranks_per_node
     weights = host["parameters"]
     if setup.host_memory and weights > setup.host_memory:
         raise UserError(
@@ -430,6 +428,12 @@ def make_plan(setup: Setup, *, wrap: Callable[..., object] = wrap) -> Plan:
         host_components=dict(host.most_common()),
         notes=tuple(notes),
     )
+
+
+def on_host(allocation: Allocation, size: int) -> int:
+    """Return the bytes of host memory that a tensor of `size` bytes takes there."""
+    # Checkpoints are in buffers of exactly their size. PyTorch's allocator pins the rest.
+    return size if allocation.component == "checkpoints" else pinned(size)
 
 
 def estimate_plan(setup: Setup) -> Estimate:

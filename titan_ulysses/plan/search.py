@@ -11,6 +11,7 @@ seconds per token are a line.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf, sqrt
@@ -22,7 +23,7 @@ from titan_ulysses.config.validate import MeshDegrees
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import chunk_length
 from titan_ulysses.memory.tiled import Tiled
-from titan_ulysses.plan.planner import Estimate, Plan, Setup, estimate_plan, make_plan
+from titan_ulysses.plan.planner import Estimate, Plan, Setup, estimate_plan, make_plan, on_host
 
 _UNIT = 256
 """Lengths are multiples of this many tokens per rank."""
@@ -85,6 +86,7 @@ def limit(setup: Setup, a: Estimate, b: Estimate) -> int:
     if isinstance(a, Plan) and isinstance(b, Plan):
         lower, higher = _by_moment(a), _by_moment(b)
         of_gpu = [(lower[kind], higher[kind]) for kind in lower.keys() & higher.keys()]
+        lengths.append(_limit_of_buffers(setup, a, b))
     for memory, low, high in (
         *((setup.gpu_memory, *both) for both in of_gpu),
         (setup.host_memory or inf, a.host_bytes, b.host_bytes),
@@ -116,6 +118,26 @@ def _by_moment(plan: Plan) -> dict[tuple, float]:
             if at >= plan.simulation.start and total > highest.get(kind, 0):
                 highest[kind] = total
     return highest
+
+
+def _limit_of_buffers(setup: Setup, a: Plan, b: Plan) -> float:
+    """Return the length up to which a node's host memory has room for its buffers: the size of each
+    is on a line through a and b, and rounded up. Infinite where the two do not have the same ones.
+    """
+    low, high = (
+        one.simulation.memory.peak("host", first=one.simulation.start).alive for one in (a, b)
+    )
+    kinds = ([(x.component, x.label, x.made[:3]) for x in alive] for alive in (low, high))
+    if next(kinds) != next(kinds) or not setup.host_memory:
+        return inf
+    most, unit = setup.host_memory / setup.ranks_per_node, _UNIT * setup.degrees.sequence
+
+    def is_too_long(units: int) -> bool:
+        share = (units * unit - a.seq_len) / (b.seq_len - a.seq_len)
+        sizes = zip(low.items(), high.values(), strict=True)
+        return sum(on_host(x, max(0, round(n + share * (m - n)))) for (x, n), m in sizes) > most
+
+    return unit * bisect_left(range(1, _MAX_TOKENS // unit + 1), True, key=is_too_long)
 
 
 def is_unlimited(setup: Setup, seq_len: int) -> bool:
