@@ -206,7 +206,7 @@ class Sharding:
         hidden, aux_loss, count = self._decode(inputs, attention_mask, labels if sums else None)
         head = output_layer(model)
         if (loss_function is not None or not sums) and torch.is_grad_enabled():
-            # The backward of logits needs the weight. Not turned off: it may run after later forwards.
+            # The backward of logits needs the weight, and may run after later forwards.
             head.set_unshard_in_backward(True)
         if reduction == "hidden":
             # By the head: FSDP counts on a call of each module of a forward.
