@@ -571,6 +571,16 @@ LOSS = {
         ),
         Case("joint", lambda run, _: not run.kept(), INDEXED),
     ],
+    "loss.prediction_weight": [
+        Case(
+            0.5,
+            lambda run, default: near(
+                losses(run)[0],
+                losses(default)[0] + 0.5 * (run.of_steps("prediction_loss")[0] or 1),
+            ),
+            {"model.config": {**model_of("deepseek_v3"), "vocab_size": 257}},
+        )
+    ],
     "loss.label_smoothing": [
         Case(0.5, lambda run, default: not near(losses(run), losses(default))),
         Case(0.5, lambda run, default: norms(run)[0] < 0.1 * norms(default)[0], DPO),

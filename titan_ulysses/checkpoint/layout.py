@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from titan_ulysses.model import hf
+from titan_ulysses.model import hf, prediction
 
 _PART = re.compile(r"^(model\.)?(language_model|text_model)\.((?P<head>(?=lm_head\.))|(model\.)?)")
 """What the names of the text part of a multi-modal model begin with, in files old and new."""
@@ -127,7 +127,8 @@ class Layout:
 
     @cached_property
     def _loading(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-        conversions = get_model_conversion_mapping(self.plain)
+        own = prediction.renamings(self.plain.config)
+        conversions = [*own, *get_model_conversion_mapping(self.plain)]
         renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         return renamings, [c for c in conversions if isinstance(c, WeightConverter)]
 
@@ -175,7 +176,8 @@ class Layout:
         They are those of a model that was loaded from files of the usual form: conversions of
         legacy files and changes of prefix are left out.
         """
-        conversions = get_model_conversion_mapping(self.plain, add_legacy=False)
+        own = prediction.renamings(self.plain.config)
+        conversions = [*own, *get_model_conversion_mapping(self.plain, add_legacy=False)]
         return [c for c in conversions if not isinstance(c, PrefixChange)]
 
     def expected(self) -> dict[str, list[str]]:

@@ -28,7 +28,7 @@ from titan_ulysses.checkpoint.folder import (
     without_data,
 )
 from titan_ulysses.checkpoint.layout import Layout, Read
-from titan_ulysses.model import hf
+from titan_ulysses.model import hf, prediction
 from titan_ulysses.model.families import text_part
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
@@ -51,6 +51,8 @@ class Origin:
     stored: Stored
     rest: list[str]
     """Names of tensors that the model does not have."""
+    copies: dict[str, str]
+    """Names of tensors that are copies of the model's, and what they are copies of."""
 
     @classmethod
     def of(cls, path: str, layout: Layout, stored: Stored | None = None) -> Origin:
@@ -60,7 +62,10 @@ class Origin:
         rest = [] if hf.classifies(layout.plain) else layout.reads(stored.names)[1]
         if stored.quantization:  # without scales of what is computed, such as keys and values
             rest = [name for name in rest if not name.endswith("_scale")]
-        return cls(path, layout, stored, rest)
+        copies = prediction.copies(layout.plain.config)
+        copies = {name: layout.main[copies[name]] for name in rest if name in copies}
+        rest = [name for name in rest if name not in copies]
+        return cls(path, layout, stored, rest, copies)
 
     @property
     def files(self) -> list[Path]:

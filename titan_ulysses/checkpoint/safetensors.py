@@ -47,6 +47,7 @@ from titan_ulysses.model import hf
 from titan_ulysses.model.lora import ADAPTER, Delta, deltas
 from titan_ulysses.model.nf4 import NF4Weight, form_kept, full_tensor
 from titan_ulysses.model.parameter_names import is_adapter
+from titan_ulysses.model.prediction import forget_request
 from titan_ulysses.model.remote_code import names_code_in
 
 _EXPORT_FILE_BYTES = 4 * 2**30
@@ -342,7 +343,8 @@ def export(
     groups = {names[0]: names for names in layout.writes()}
     # Before anything is gathered, because the names of the files have their number in them.
     sizes = {x: sum(_bytes_of(state, added, y) for y in group) for x, group in groups.items()}
-    rest, sizes_of_rest = _rest_of(source)
+    rest, sizes_of_rest = _rest_of(source, state, added)
+    copies = source.copies if source else {}
     split = _split(sizes | sizes_of_rest)
     index: dict[str, str] = {}
     try:
@@ -351,7 +353,7 @@ def export(
                 remove(aside)
                 aside.mkdir(parents=True)
         for file, members in split.filename_to_tensors.items():
-            tensors: dict[str, Tensor] = {}
+            tensors = {name: fetch(copies[name]) for name in filter(copies.get, members)}
             for first in filter(groups.get, members):
                 group = {name: fetch(name) for name in groups[first]}
                 if writes:
@@ -383,12 +385,18 @@ def _split(sizes: dict[str, int]) -> StateDictSplit:
     )
 
 
-def _rest_of(source: Origin | None) -> tuple[dict[str, str], dict[str, int]]:
-    """Return names and sizes of the tensors that an export takes over, by keys that are no names of
-    the model.
+def _rest_of(
+    source: Origin | None, state: dict[str, Tensor], added: dict[str, Delta]
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Return the names of the tensors that an export takes over, by keys that are no names of the
+    model; and the sizes of these and of copies of the model's tensors.
     """
-    names = {f"{_REST}{name}": name for name in source.rest} if source else {}
-    return names, {key: source.size_of(name) for key, name in names.items() if source}
+    if source is None:
+        return {}, {}
+    names = {f"{_REST}{name}": name for name in source.rest}
+    sizes = {key: source.size_of(name) for key, name in names.items()}
+    copies = {name: _bytes_of(state, added, main) for name, main in source.copies.items()}
+    return names, sizes | copies
 
 
 def _bytes_of(state: dict[str, Tensor], added: dict[str, Delta], name: str) -> int:
@@ -405,8 +413,8 @@ def exported_bytes(model: PreTrainedModel, origin: str = "") -> int:
     """Return the bytes of the tensors in an export of model, with those that it takes over."""
     added = deltas(model)
     source = Origin.of(origin, Layout(model)) if origin else None
-    rest = sum(_rest_of(source)[1].values())
     state = hf.state_of(model)
+    rest = sum(_rest_of(source, state, added)[1].values())
     once = {id(tensor): _bytes_of(state, added, name) for name, tensor in state.items()}
     return sum(once.values()) + rest
 
@@ -489,6 +497,7 @@ def _write_configs(
         del config.auto_map
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    forget_request(config)
     config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:  # a classifier has none
         # Not by `save_pretrained`, which validates: it would refuse the generation config of many

@@ -577,6 +577,25 @@ class Loss(Section):
     """distillation: temperature of both distributions."""
     teacher_share: float = setting(1.0, _read_by("distillation"), gt=0, le=1)
     """distillation: share of the divergence in the loss. The rest is cross-entropy."""
+    prediction_weight: float = setting(
+        0.0,
+        _read_by("cross_entropy"),
+        Excludes(
+            "lora.rank",
+            text="{other} and {this} are both set: adapters are not for prediction layers. Set "
+            "lora.rank = 0 or {name} = 0",
+        ),
+        Excludes(
+            "memory.stream_offload",
+            text="{this} with {other}: the prediction layer needs the hidden states on the device. "
+            'Set {other_name} = "none" or {name} = 0',
+        ),
+        ge=0,
+        le=1e3,
+    )
+    """cross_entropy: train the prediction layer (num_nextn_predict_layers = 1) beside the model,
+    with this weight of its cross-entropy, of the token after the next one. 0: leave it as it is.
+    """
     indexer: Literal["frozen", "warmup", "joint"] = setting(
         "frozen",
         _read_by("cross_entropy"),

@@ -67,6 +67,12 @@ class Batch:
     """
     targets: Tensor | None = None
     """[num_documents, ...]: the classes or values of these documents, whole on each rank."""
+    next_ids: Tensor | None = None
+    """[B, T], for a prediction layer: the token after each one. It and next_labels are made of
+    whole rows, because the next token may be on another rank.
+    """
+    next_labels: Tensor | None = None
+    """[B, T]: the label of the token after each one; `IGNORE_INDEX` at the end of a document"""
     loss_inputs: dict[str, Tensor] = field(default_factory=dict)
     """[B, T, ...] each: what the loss reads of each label, by name."""
     fill_rows: int = 0
@@ -84,8 +90,15 @@ class Batch:
 
     def inputs(self) -> dict[str, Any]:
         """Return the arguments of the model's forward: what is there, without that of the loss."""
-        of_loss = ("reference", "desirable", "loss_inputs", "fill_rows")
+        of_loss = ("reference", "desirable", "loss_inputs", "fill_rows", "next_ids", "next_labels")
         return {k: x for k, x in vars(self).items() if x is not None and k not in of_loss}
+
+    def with_next(self) -> Batch:
+        """Return whole rows with `next_ids` and `next_labels`."""
+        labels = self.labels.roll(-1, dims=1)
+        for row, lengths in zip(labels, self.documents, strict=True):
+            row[torch.tensor(lengths).cumsum(0) - 1] = IGNORE_INDEX
+        return replace(self, next_ids=self.input_ids.roll(-1, dims=1), next_labels=labels)
 
     def local(self, *, rank: int, degree: int, stream_chunk_tokens: int) -> Batch:
         """Return what one of P = degree ranks holds of whole rows, with T = ceil(S / P).
@@ -166,7 +179,7 @@ class Loader:
     `batch_rank`, by what their attention costs (`balance.py`); those of data without random access
     in their order. Of each sequence the rank takes the `sp_rank`-th of `sp_degree` = P slices (see
     `sequence.local_slice`). S must be a multiple of P. stream_chunk_tokens is the setting of the
-    model that trains on the batches.
+    model that trains on the batches. predicts: it has a prediction layer.
 
     vocab_size: of that model. A token outside of it is a `UserError` that names the sequence; None
     does not look.
@@ -186,6 +199,7 @@ class Loader:
         sp_rank: int = 0,
         sp_degree: int = 1,
         stream_chunk_tokens: int = -1,
+        predicts: bool = False,
         vocab_size: int | None = None,
         decoder: Decoder | None = None,
     ) -> None:
@@ -197,7 +211,7 @@ class Loader:
         self.accumulation_steps = accumulation_steps
         self.sp_rank, self.sp_degree = sp_rank, sp_degree
         self.vocab_size, self.decoder = vocab_size, decoder
-        self.stream_chunk_tokens = stream_chunk_tokens
+        self.stream_chunk_tokens, self.predicts = stream_chunk_tokens, predicts
         self._origin = 0  # number of sequences that had been read when this loader began
         self._batches = 0  # number of batches since then
         self._steps: dict[int, DealtStep] = {}
@@ -323,6 +337,8 @@ class Loader:
             },
             visuals=opened.visuals if self._kinds else None,
         )
+        if self.predicts:
+            whole = whole.with_next()
         local = whole.local(
             rank=self.sp_rank,
             degree=self.sp_degree,

@@ -32,6 +32,7 @@ from transformers import (
 from titan_ulysses.config.paths import GIVE_A_MODEL, check_model_path
 from titan_ulysses.distributed.errors import UserError, one_line
 from titan_ulysses.distributed.seeds import seed_of
+from titan_ulysses.model import prediction
 from titan_ulysses.model.parameter_names import is_adapter, plain
 from titan_ulysses.model.remote_code import check_model_code
 
@@ -139,6 +140,9 @@ def build_on_meta(
             f"({type(error).__name__}: {one_line(error)})."
             + (f" Set the missing keys ({', '.join(unset)}) in the config." if unset else "")
         ) from error
+    if prediction.is_requested(config) and not classifier:
+        with torch.device("meta"):
+            prediction.add_layer(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model

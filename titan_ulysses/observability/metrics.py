@@ -27,6 +27,7 @@ from titan_ulysses.distributed.device import module_of
 from titan_ulysses.launch.run_store import host_name
 from titan_ulysses.model.families import attention_layers, head_sizes, layer_configs
 from titan_ulysses.model.hf import output_layer
+from titan_ulysses.model.prediction import layer_of
 from titan_ulysses.observability.wandb import WandbRun
 from titan_ulysses.ulysses.linear_attention import recurrence_flops
 
@@ -70,6 +71,8 @@ def flops_per_token(model: nn.Module) -> int:
             flops += each * (
                 parameter.numel() * met // experts if ".experts." in name else parameter.numel()
             )
+    if layer_of(model):  # the head is used twice
+        flops += 6 * head.numel()
     return flops + 3 * recurrence_flops(model)
 
 

@@ -41,6 +41,7 @@ from titan_ulysses.memory.checkpointing import CheckpointedBlock
 from titan_ulysses.memory.offload import CudaStore, DiskStore, Offload, Store
 from titan_ulysses.memory.sequences import SequenceStore
 from titan_ulysses.model import hf
+from titan_ulysses.model.prediction import layer_of
 from titan_ulysses.observability.metrics import flops_per_token
 from titan_ulysses.optim.optimizer import build_optimizer
 from titan_ulysses.plan.attribution import Attribution
@@ -153,6 +154,7 @@ class _Rank:
         """Do what `parallelize` does, without communication with other ranks or compilation."""
         if not self.blocks:  # of the model that is trained, which comes first
             self.blocks += find_blocks(model)[1]
+            self.blocks += [layer.mtp_block] if (layer := layer_of(model)) else []
         self._wrap(
             model,
             mesh,
@@ -506,7 +508,10 @@ def _batch(spec: RunSpec, documents: Documents | None, chunk_tokens: int | None)
             "teacher_ids": torch.zeros(*size, top_k, dtype=torch.int64),
             "teacher_logits": torch.zeros(*size, top_k, dtype=torch.float32),
         }
+    of_next = torch.zeros(size, dtype=torch.int64) if config.loss.prediction_weight else None
     return Batch(
+        next_ids=of_next,
+        next_labels=of_next,
         input_ids=torch.zeros(size, dtype=torch.int64),
         labels=torch.zeros(size, dtype=torch.int64),
         position_ids=torch.zeros(size, dtype=torch.int64),

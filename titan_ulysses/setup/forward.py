@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_le
 from titan_ulysses.memory.losses import LossFunction
 from titan_ulysses.model.families import layer_types
 from titan_ulysses.model.hf import output_layer
+from titan_ulysses.model.prediction import layer_of
 from titan_ulysses.model.rope import DocumentRoPE
 from titan_ulysses.model.router import RouterLoss
 from titan_ulysses.model.vision import Vision
@@ -46,6 +47,21 @@ def use_attention(model: PreTrainedModel, decoder: nn.Module) -> None:
             module.config = own
         elif getattr(module, "config", None) is text:
             module.config = own_text
+    if layer := layer_of(model):  # it has a config of its own, which its modules share
+        layer.config._attn_implementation = ATTENTION_NAME
+
+
+class Prediction(NamedTuple):
+    """What a prediction layer is trained on."""
+
+    weight: float
+    """that of its loss"""
+    labels_of_step: Tensor
+    """the number of `next_labels` of the whole step"""
+    next_ids: Tensor
+    """[B, T], see `Batch`"""
+    next_labels: Tensor
+    """[B, T]"""
 
 
 @dataclass
@@ -70,6 +86,8 @@ class Sharding:
     """None: a model of text."""
     own_loss: Tensor | None = None
     """This rank's part of the last loss, which tells which rank a NaN came from."""
+    prediction_loss: Tensor | None = None
+    """That of the prediction layer in the last loss, of all ranks and without its weight."""
 
     def forward(
         self,
@@ -167,33 +185,31 @@ class Sharding:
         temperature: float = 1.0,
         loss_function: LossFunction | None = None,
         loss_inputs: dict[str, Tensor] | None = None,
+        prediction: Prediction | None = None,
         **of_images: Any,
     ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast | StatisticsOutput | BaseModelOutput:
         """Run a causal LM, with the loss computed from hidden states inside the head.
 
-        input_ids, position_ids and labels (already shifted) are this rank's [B, T].
+        input_ids, position_ids and labels (already shifted) are this rank's [B, T];
         num_items_in_batch is the number of valid labels in the whole step. `.loss` is the sum over
-        all ranks, the same on each of them, but its gradient is that of this rank's part, because
-        gradients are summed over the mesh later. With reduction = "none", `.loss` is the
-        cross-entropy of each of this rank's labels [B, T], with gradients. Without labels,
-        `.logits` are those of this rank's tokens. With reduction = "hidden", `.last_hidden_state`
-        is what the head is given, [B, T, h]. With reduction = "statistics", the output has the
+        all ranks, but its gradient is that of this rank's part, because gradients are summed later.
+        With reduction = "none", `.loss` is the cross-entropy of each of this rank's labels [B, T],
+        with gradients. Without labels, `.logits` are those of this rank's tokens. "hidden" gives
+        `.last_hidden_state`, what the head is given, [B, T, h]. "statistics" gives the
         TokenStatistics of this rank's labels, [B, T] each, with gradients. loss_function and its
-        loss_inputs [B, T, ...] replace the cross-entropy: see `memory/losses.py`.
-
-        `.aux_loss`, the router loss, is in `.loss` too. attention_mask, 0 at padding, is for it.
+        loss_inputs [B, T, ...] replace the cross-entropy: see `memory/losses.py`. `.loss` has that
+        of `prediction` too, and `.aux_loss`, that of routers, which attention_mask is for.
         """
         sums = labels is not None and reduction == "sum"
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "ulysses": ulysses}
-        counted, inputs = labels if sums else None, inputs | of_images
-        hidden, aux_loss, count = self._decode(inputs, attention_mask, counted)
+        inputs |= of_images
+        hidden, aux_loss, count = self._decode(inputs, attention_mask, labels if sums else None)
         head = output_layer(model)
         if (loss_function is not None or not sums) and torch.is_grad_enabled():
-            # Unlike that of the loss, the backward of logits needs the weight. This is not turned
-            # off again, because that backward may run after later forwards.
+            # The backward of logits needs the weight, and may run after later forwards.
             head.set_unshard_in_backward(True)
         if reduction == "hidden":
-            # By the head, because FSDP counts on a call of each module of a forward.
+            # By the head: FSDP counts on a call of each module of a forward.
             return BaseModelOutput(last_hidden_state=head(hidden, reduction=reduction))
         if labels is None:
             return CausalLMOutputWithPast(logits=head(hidden))
@@ -201,9 +217,11 @@ class Sharding:
             statistics = head(hidden, labels, reduction=reduction, temperature=temperature)
             return StatisticsOutput(**statistics._asdict())
         own = {"loss_function": loss_function, "loss_inputs": loss_inputs} if loss_function else {}
+        ahead = prediction and self._predict(model, hidden, inputs, prediction)
         loss = head(hidden, labels, num_items_in_batch, reduction=reduction, **own)
         if not sums:
             return CausalLMOutputWithPast(loss=loss)
+        loss = loss if ahead is None else loss + ahead
         self.own_loss = loss.detach()
         wide, group = torch.promote_types(hidden.dtype, torch.float32), self.mesh.loss.get_group()
         loss = SumOverRanks.apply(loss, wide, group)
@@ -213,6 +231,32 @@ class Sharding:
         share = count.to(aux_loss.dtype) / num_items_in_batch.clamp(min=1)
         loss = loss + self.router_loss.coefficient * share * aux_loss
         return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss)
+
+    def _predict(
+        self,
+        model: PreTrainedModel,
+        hidden: Tensor,
+        inputs: dict[str, Any],
+        prediction: Prediction,
+    ) -> Tensor:
+        """Return this rank's part of the loss of the prediction layer, with its weight, from the
+        model's hidden states [B, T, h]. Positions are those of the tokens after them.
+        """
+        embeddings = model.get_input_embeddings()(prediction.next_ids)
+        positions = inputs["position_ids"] + 1
+        ahead = layer_of(model)(
+            embeddings,
+            hidden,
+            position_embeddings=self.decoder.rotary_emb(embeddings, positions),
+            attention_mask=None,
+            position_ids=positions,
+            cache=None,
+            ulysses=inputs["ulysses"],
+        )
+        loss = output_layer(model)(ahead, prediction.next_labels, prediction.labels_of_step)
+        self.prediction_loss = loss.detach().clone()
+        dist.all_reduce(self.prediction_loss, group=self.mesh.loss.get_group())
+        return prediction.weight * loss
 
     def _scores(self, logits: Tensor, ends: Tensor, count: int) -> Tensor:
         """Return the scores [count, C] of documents, from logits [B, T, C] of this rank's tokens.

@@ -39,6 +39,7 @@ from titan_ulysses.model.families import (
     layer_types,
 )
 from titan_ulysses.model.hf import classifies, has_vision, output_layer
+from titan_ulysses.model.prediction import layer_of
 from titan_ulysses.model.rope import use_document_lengths
 from titan_ulysses.model.router import router_loss_of
 from titan_ulysses.model.verification import Prepare, Tilings, verify_family, verify_streaming
@@ -230,8 +231,8 @@ def wrap(
     """
     assert callable(options.attention)
     device_type = device_type or mesh.device.type
-    memory, checkpoints = options.memory, options.activation_checkpoint
     decoder, blocks = find_blocks(model)
+    stacks = [(decoder, blocks), *_prediction_stack(model)]
     config = model.config.get_text_config()
     check_layers(blocks, layer_types(config), is_stateful=model._is_stateful)
     streams = obstacle_to_streaming(config, options, device_type) is None
@@ -245,15 +246,8 @@ def wrap(
     ropes = use_document_lengths(model, blocks)  # that of rotary embeddings that read the length
     router_loss = router_loss_of(model, decoder)  # hooks on routers
     use_low_rank_products(model)  # the forward of experts' adapters
-    if _tiles_mlp(options):  # the forward of MLPs and norms
-        tile = memory.mlp_tile_tokens or automatic_mlp_tile(
-            config, options.param_dtype, device_type
-        )
-        tile_blocks(model, decoder, blocks, tile, norms_with_mlp=options.tile_norms_with_mlp)
-    if options.compile.enable:  # the same, or what a tile computes
-        compile_blocks(blocks)
-    if streams:  # the forward of blocks
-        stream_blocks(blocks, sequences, keep_attention=checkpoints.keep_attention, store=store)
+    for owner, own in stacks:  # the forward of MLPs and norms, and of blocks
+        _divide(model, owner, own, options, device_type, sequences if streams else None, store)
     body = encoder_of(model) if has_vision(model.config) else decoder
     use_loss_head(model, body, options, device_type)  # lm_head, by a module of the same weight
     if isinstance(sequences, SequenceStore):  # that of embedding, rotary embeddings, final norms
@@ -262,9 +256,14 @@ def wrap(
     vision = Vision(model) if body is not decoder else None
     shard_towers(model, shard, options)
     shard_blocks(model, blocks, shard)
+    for owner, own in stacks[1:]:
+        shard(*own)
+        shard(owner)
     if every := options.checkpoint_every:  # the class of blocks
         extra = extra_block_outputs(config)
-        checkpoint_blocks(blocks, every=every, store=store, extra_outputs=extra, device=mesh.device)
+        how = {"every": every, "store": store, "extra_outputs": extra, "device": mesh.device}
+        for _, own in stacks:
+            checkpoint_blocks(own, **how)
     shard_root(model, shard)
     chunk_tokens = _chunk_tokens(options, mesh.sp.size(), device_type) if streams else -1
     model.sharding = Sharding(
@@ -274,6 +273,37 @@ def wrap(
     guard(model)  # a hook, and a forward around that one
     vars(model).update({name: partial(_refuse, reason) for name, reason in _REFUSED.items()})
     return model
+
+
+def _prediction_stack(model: PreTrainedModel) -> list[tuple[nn.Module, nn.ModuleList]]:
+    """Return the prediction layer and the block in it, if there is one."""
+    layer = layer_of(model)
+    return [] if layer is None else [(layer, nn.ModuleList([layer.mtp_block]))]
+
+
+def _divide(
+    model: PreTrainedModel,
+    owner: nn.Module,
+    blocks: nn.ModuleList,
+    options: ParallelOptions,
+    device_type: str,
+    sequences: Sequences | None,
+    store: Store | None,
+) -> None:
+    """Let blocks, and the norms beside them in owner, compute by tiles and chunks, as options say.
+
+    sequences: where those of streamed blocks are; None: they do not stream.
+    """
+    if _tiles_mlp(options):
+        tile = options.memory.mlp_tile_tokens or automatic_mlp_tile(
+            model.config.get_text_config(), options.param_dtype, device_type
+        )
+        tile_blocks(model, owner, blocks, tile, norms_with_mlp=options.tile_norms_with_mlp)
+    if options.compile.enable:  # the same, or what a tile computes
+        compile_blocks(blocks)
+    if sequences is not None:
+        kept = options.activation_checkpoint.keep_attention
+        stream_blocks(blocks, sequences, keep_attention=kept, store=store)
 
 
 def _open_sequences(

@@ -26,6 +26,7 @@ from titan_ulysses.model import hf
 from titan_ulysses.model.families import check_family, largest_head, text_part
 from titan_ulysses.model.float8 import check_float8
 from titan_ulysses.model.lora import check_lora
+from titan_ulysses.model.prediction import request_layer
 from titan_ulysses.model.resize_embeddings import grow_vocabulary
 from titan_ulysses.model.rope_scaling import scale_rope
 from titan_ulysses.model.vision import check_vision_setting
@@ -126,6 +127,8 @@ def resolve(
     check_family(built)
     if config.loss.name == "reward":
         hf.make_reward_model(built)
+    if config.loss.prediction_weight:
+        request_layer(built)
     model_config = built.get_text_config() if hf.has_vision(built) else built
     if config.model.rope_scaling:
         scale_rope(model_config, config.model.rope_scaling)

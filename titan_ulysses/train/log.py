@@ -113,8 +113,9 @@ class StepLog:
             values["indexer_loss"] = of_layers.sum().item()
             by_layer = {str(i): loss for i, loss in enumerate(of_layers.tolist())}
             values["indexer_loss_by_layer"] = by_layer
-        if metrics.metrics:
-            values["rewards"] = {name: value.item() for name, value in metrics.metrics.items()}
+        others = {name: value.item() for name, value in metrics.metrics.items()}
+        values["prediction_loss"] = others.pop("prediction_loss", None)
+        values |= {"rewards": others} if others else {}
         if metrics.row_losses and state.loader.sequences.source_names:
             values["loss_by_source"] = self._by_source(metrics.row_losses)
         peak = torch.tensor(self.peak_memory.gib())

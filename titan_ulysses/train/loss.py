@@ -38,7 +38,7 @@ from titan_ulysses.model import hf
 from titan_ulysses.model.freezing import fingerprint
 from titan_ulysses.model.lora import adapters_off
 from titan_ulysses.setup.build import build_frozen
-from titan_ulysses.setup.forward import SumOverRanks
+from titan_ulysses.setup.forward import Prediction, SumOverRanks
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.train.evaluation import (
     REWARDS,
@@ -146,26 +146,44 @@ class TrainingLoss(ABC):
 
 
 class CrossEntropy(TrainingLoss):
-    """The cross-entropy of the next token."""
+    """The cross-entropy of the next token, and of the one after it where a layer predicts that.
+
+    prediction_weight is the weight of the latter, which is a mean over its own labels.
+    """
+
+    prediction_weight = 0.0
 
     def describe(self, config: Config) -> str:
-        smoothing = config.loss.label_smoothing
-        return f"loss: cross-entropy, label smoothing {smoothing:g}" if smoothing else ""
+        smoothing, more = config.loss.label_smoothing, ""
+        if smoothing:
+            more += f", label smoothing {smoothing:g}"
+        if self.prediction_weight:
+            more += f", and {self.prediction_weight:g} of that of the prediction layer"
+        return f"loss: cross-entropy{more}" if more else ""
 
     def count(self, batches: list[Batch]) -> Tensor:
         labels = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
+        if self.prediction_weight:
+            ahead = torch.stack([(batch.next_labels != IGNORE_INDEX).sum() for batch in batches])
+            labels = torch.stack([labels, ahead.sum()])
         dist.all_reduce(labels, group=self.mesh.loss.get_group())
         return labels
 
     def forward(self, batch: Batch, count: Tensor) -> BatchLoss:
-        output = self.model(
-            **batch.inputs(), num_items_in_batch=count, **self._loss_function(batch)
-        )
+        own, metrics = self._loss_function(batch), {}
+        if self.prediction_weight:
+            count, ahead = count.unbind()
+            next_tokens = batch.next_ids, batch.next_labels
+            own["prediction"] = Prediction(self.prediction_weight, ahead, *next_tokens)
+        output = self.model(**batch.inputs(), num_items_in_batch=count, **own)
+        if self.prediction_weight:
+            metrics["prediction_loss"] = self.model.sharding.prediction_loss
         # A model that was parallelized in another way has another head.
         rows = getattr(self.model.get_output_embeddings(), "row_losses", None)
         if rows is not None:
             rows = torch.stack([rows, (batch.labels != IGNORE_INDEX).sum(dim=1).double()])
-        return BatchLoss(output.loss, self.model.sharding.own_loss, rows, output.get("aux_loss"))
+        own_loss, aux_loss = self.model.sharding.own_loss, output.get("aux_loss")
+        return BatchLoss(output.loss, own_loss, rows, aux_loss, metrics)
 
     def evaluate(self, loader: Loader, sequences: int) -> Evaluation:
         return evaluate(self.model, loader, self.mesh, sequences=sequences)
@@ -533,7 +551,9 @@ def build_loss(
     """
     config = spec.config.loss
     if config.name == "cross_entropy":
-        return CrossEntropy(model, mesh)
+        loss = CrossEntropy(model, mesh)
+        loss.prediction_weight = config.prediction_weight
+        return loss
     frozen = None
     if spec.frozen is not None and stored is None:
         frozen = build_frozen(spec.frozen, mesh, wrap=wrap)

@@ -36,6 +36,7 @@ from titan_ulysses.launch.agreement import Ranks
 from titan_ulysses.launch.failure import leave_together
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs, largest_head
+from titan_ulysses.model.prediction import layer_of
 from titan_ulysses.observability.metrics import PeakMemory, describe_samples, describe_sets
 from titan_ulysses.observability.profiling import profiled
 from titan_ulysses.observability.progress import BlockWork, Progress, shows
@@ -169,6 +170,7 @@ class Trainer:
             sp_rank=mesh.sp.get_local_rank(),
             sp_degree=mesh.sp.size(),
             stream_chunk_tokens=model.sharding.stream_chunk_tokens,
+            predicts=layer_of(model) is not None,
             vocab_size=getattr(model.config.get_text_config(), "vocab_size", None),
             decoder=self._decoder,
         )
