@@ -575,6 +575,16 @@ enable_float8_linear = true
             {"lr_scheduler.warmup_steps": 5, "optimizer.lr": 2e-5, "optimizer.eps": "1e-7"},
             {},
         ),
+        (  # transformers' constant schedule has no warm-up, also where one is set
+            f"{CHATS}lr_scheduler: constant\nwarmup_ratio: 0.1",
+            {"lr_scheduler.decay_type": "constant", "lr_scheduler.warmup_steps": 0},
+            {},
+        ),
+        (
+            f"{CHATS}lr_scheduler: constant_with_warmup\nwarmup_ratio: 0.1",
+            {"lr_scheduler.decay_type": "constant", "lr_scheduler.warmup_steps": 5},
+            {},
+        ),
         (
             f"{CHATS}rl: dpo\nrl_beta: 0.2",
             {

@@ -340,6 +340,22 @@ def warmup(share: float, steps: int) -> Flat:
     return {"lr_scheduler.warmup_steps": int(share * steps)}
 
 
+def unless_constant(
+    schedule: str, become: Callable[[Any, Flat], Flat]
+) -> Callable[[Any, Flat], Flat]:
+    """Return the same rule of a warm-up, which transformers' schedule "constant" has not.
+
+    schedule: their key of the schedule.
+    """
+
+    def warmup(value: Any, values: Flat) -> Flat:
+        if values.get(schedule) == "constant":
+            return {"lr_scheduler.warmup_steps": 0}
+        return become(value, values)
+
+    return warmup
+
+
 def zero_offload(optimizer: str, parameters: str) -> list[Rule]:
     """The rules of the two devices that DeepSpeed may offload to."""
     return [
