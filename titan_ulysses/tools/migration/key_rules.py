@@ -104,7 +104,7 @@ def decisive(settings: Flat) -> list[str]:
         keys += ["checkpoint.interval", "checkpoint.keep_latest_k"]
     if settings.get("lora.rank"):
         keys += ["lora.alpha", "lora.dropout", "lora.target_modules"]
-    if settings.get("loss.name", "cross_entropy") != "cross_entropy":
+    if settings.get("loss.name", "cross_entropy") not in ("cross_entropy", "reward"):
         keys.append("loss.beta")
     for one, other in (
         ("training.steps", "training.epochs"),
