@@ -18,9 +18,10 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from helpers.runs import write_run
 from titan_ulysses.config.schema import SourceSettings
+from titan_ulysses.data.chat import encode_question
 from titan_ulysses.data.encoding import Encoder
 from titan_ulysses.data.records import BadRow, Chat, Row, read_record
-from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.errors import RefusedRow, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 few = settings(
@@ -631,6 +632,17 @@ def test_show_data(tmp_path, backend: Tokenizer, capsys: pytest.CaptureFixture[s
     assert "".join(re.findall(r"\[\[(.*?)\]\]", printed, re.DOTALL)) == tokenizer.decode(trained)
     page = (ROOT / "docs" / "data.md").read_text()
     assert f"```console\n{printed}```" in page, printed
+
+
+def test_a_question_is_what_a_user_says_and_the_beginning_of_an_answer(backend: Tokenizer) -> None:
+    tokenizer = tokenizer_with(backend, CHATML)
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 1 + 2?"}], add_generation_prompt=True, tokenize=False
+    )
+    assert tokenizer.decode(encode_question(tokenizer, "What is 1 + 2?")) == asked
+    assert asked.split("What is 1 + 2?")[1].count("<|im_start|>") == 1
+    with pytest.raises(RefusedRow, match="the chat template refuses it"):
+        encode_question(tokenizer_with(backend, "{{ raise_exception('no') }}"), "What?")
 
 
 def test_tokenizers_that_cannot(backend: Tokenizer) -> None:

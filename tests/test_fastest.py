@@ -25,11 +25,6 @@ SIX = LLAMA | {
     "num_key_value_heads": 4,
     "max_position_embeddings": 2**24,
 }
-HYBRID = model_of("qwen3_next") | {
-    "num_hidden_layers": 8,
-    "layer_types": ["linear_attention", "full_attention"] * 4,
-    "max_position_embeddings": 2**24,
-}
 
 
 def setup_of(**settings):
@@ -44,54 +39,13 @@ def setup_of(**settings):
     return set_up(Config.model_validate(table))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param({}, marks=pytest.mark.slow),
-        {"parallelism__sequence_parallel_degree": 4, "memory__stream_chunk_tokens": -1},
-        # The peak is in the second layer, where the checkpoint of the first one comes back.
-        {"plan__world_size": 1, "activation_checkpoint__offload": "host"},
-        pytest.param(
-            {
-                "parallelism__sequence_parallel_degree": 2,
-                "parallelism__data_parallel_replicate_degree": 2,
-                "activation_checkpoint__offload": "host",
-                "memory__optimizer_offload": True,
-            },
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            {"model__config": HYBRID, "parallelism__sequence_parallel_degree": 4},
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            {"lora__rank": 4, "lora__quantize_base": "nf4", "memory__stream_chunk_tokens": -1},
-            marks=pytest.mark.slow,
-        ),
-    ],
-    ids=["dp", "sp", "one GPU", "hsdp, on the host", "hybrid", "QLoRA"],
-)
-def test_few_layers_tell_what_all_layers_need(settings):
-    from titan_ulysses.plan.estimate import estimate_plan
-    from titan_ulysses.plan.planner import make_plan
-
-    setup = setup_of(**settings)
-    found, plan = estimate_plan(setup), make_plan(setup)
-    assert found.time.seconds == pytest.approx(plan.time.seconds, rel=1e-9)
-    assert dict(found.collectives) == pytest.approx(
-        {k: pytest.approx(v) for k, v in plan.simulation.collectives.items()}
-    )
-    assert found.gpu_bytes == plan.gpu_bytes
-    assert found.host_bytes == plan.host_bytes
-
-
 def test_layers_that_a_config_lists_by_place():
-    """Each third layer of this bamba has attention: six layers tell what all need, and nine."""
-    from titan_ulysses.plan.estimate import _layers_to_simulate
+    """Each third layer of this bamba has attention, so a period has three layers."""
+    from titan_ulysses.plan.layers import layers_to_simulate
 
     bamba = model_of("bamba") | {"num_hidden_layers": 12, "max_position_embeddings": 2**20}
     bamba |= {"attn_layer_indices": [2, 5, 8, 11]}
-    assert _layers_to_simulate(setup_of(model__config=bamba)) == (6, 9)
+    assert layers_to_simulate(setup_of(model__config=bamba).spec) == [3, 6, 9]
 
 
 def small(layers: int = 2, **settings):
@@ -150,9 +104,8 @@ def test_no_neighbour_of_the_fastest_is_faster(layers):
 @pytest.mark.parametrize("gpus", [8, 64])
 def test_no_neighbour_of_the_fastest_llama3_8b_is_faster(gpus):
     """At 1M tokens. Each estimated from few layers, which have the time of all."""
-    from titan_ulysses.plan.estimate import estimate_plan
     from titan_ulysses.plan.fastest import Search
-    from titan_ulysses.plan.planner import set_up
+    from titan_ulysses.plan.planner import estimate_plan, set_up
 
     root = Path(__file__).resolve().parents[1]
     changes = {"plan.world_size": gpus, "training.seq_len": 2**20}
@@ -177,8 +130,8 @@ def test_a_search_that_is_interrupted_says_what_it_knows(capsys):
     """Ctrl-C while the fourth settings are estimated."""
     from rich.console import Console
 
-    from titan_ulysses.plan.estimate import estimate_plan
     from titan_ulysses.plan.fastest import Search
+    from titan_ulysses.plan.planner import estimate_plan
     from titan_ulysses.plan.searches import tell_fastest
 
     estimated = []
@@ -316,8 +269,8 @@ def test_a_search_over_nothing_is_said():
 
 def test_a_loss_whose_hidden_states_stay_on_the_device():
     """The search begins with what such a loss can have. All settings are as good here."""
-    from titan_ulysses.plan.estimate import estimate_plan
     from titan_ulysses.plan.fastest import Search
+    from titan_ulysses.plan.planner import estimate_plan
 
     setup = setup_of(
         model__config=SIX | {"num_hidden_layers": 2},

@@ -403,12 +403,19 @@ def test_the_longest_sequence_fits_and_the_next_does_not():
 
 
 def test_the_longest_sequence_of_a_step_that_may_not_be_longer():
-    from titan_ulysses.plan.planner import set_up
+    from titan_ulysses.plan.planner import make_plan, set_up
     from titan_ulysses.plan.search import longest
 
+    lengths = []
+
+    def counted(setup):
+        lengths.append(setup.config.training.seq_len)
+        return make_plan(setup)
+
     seconds = plan_of(training__seq_len=8192).time.seconds
-    found = longest(set_up(config(plan__max_step_seconds=seconds)))
+    found = longest(set_up(config(plan__max_step_seconds=seconds)), plan=counted)
     assert 8000 < found.seq_len <= 8192 and found.time.seconds <= seconds
+    assert len(lengths) <= 5, "it simulates too many lengths"
 
 
 def test_hidden_states_off_the_gpu_take_time():

@@ -116,6 +116,7 @@ def without_effect(record: Record) -> list[str]:
         (SP3, [HARDEST], {}),
         (SP4, [HARDEST], {}),
         (DP2_SP2, [HARDEST], {}),
+        (SP2, ["glm4v_moe"], {"stream_chunk_tokens": 8}),  # its blocks take positions of all axes
         # The hardest family runs on every mesh always, and streamed in test_streamed_and_frozen.
         *(pytest.param(SP2, [x], {}, marks=pytest.mark.slow) for x in VISION if x != HARDEST),
         *(
@@ -282,3 +283,5 @@ def test_a_tiny_config_is_narrow_and_keeps_its_levels() -> None:
     assert tiny.vision_config.depth == 2
     assert tiny.vision_config.out_hidden_size == tiny.text_config.hidden_size == 64
     assert tiny.image_token_id < tiny.text_config.vocab_size
+    narrow = shrink(load_model_config("", {"model_type": "glm4v"})).text_config
+    assert narrow.rope_parameters["mrope_section"] == [2, 2, 4]

@@ -23,7 +23,7 @@ from importlib import import_module
 from titan_ulysses.config.cli import parse_command_line
 from titan_ulysses.config.load import dump_toml, load_config
 from titan_ulysses.config.model_cli import parse_model_command
-from titan_ulysses.config.paths import path_problems
+from titan_ulysses.config.paths import check_model_path, path_problems
 from titan_ulysses.config.validate import check
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.launch.failure import exit_on_error
@@ -88,6 +88,8 @@ def run(argv: list[str]) -> None:
         print(dump_toml(config), end="")
         return
     if command.plan:
+        if config.model.config is None:
+            check_model_path(config.model.path)
         _hide_gpus()
         tokens = config.training.seq_len
         with shown(f"{config.job.name}: {tokens:,} tokens a sequence on {config.plan.gpu}"):
@@ -139,6 +141,7 @@ def _hide_gpus() -> None:
 def _run_with_model(command: str, argv: list[str]) -> None:
     """Do what `plan MODEL` or `init MODEL` asks for. UserError for what cannot be used."""
     asked = parse_model_command(argv, writes=command == "init")
+    check_model_path(asked.model)  # at once, before the large imports
     _hide_gpus()
     with shown(f"{asked.model} on {asked.gpus.count} x {asked.gpus.name}"):
         with _large_imports():

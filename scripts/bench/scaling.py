@@ -9,7 +9,7 @@ measured: weak and strong scaling on the ranks that a machine has.
 
 Sequence length and sequence-parallel degree are doubled together: DeepSpeed-Ulysses (arXiv
 2309.14509) hands in the same bytes for each layer then, as long as every KV head has its rank. The
-counts are those of this project's step on fake tensors (plan/estimate.py), beside a closed form.
+counts are those of this project's step on fake tensors (`estimate_plan`), beside a closed form.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from common import LLAMA, launch, parser_of, run, tell, training_step
 from titan_ulysses.config.load import load_config
 from titan_ulysses.distributed.sequence import chunk_length
 from titan_ulysses.observability.units import size_text, time_text
-from titan_ulysses.plan.estimate import estimate_plan
 from titan_ulysses.plan.fastest import meshes
-from titan_ulysses.plan.planner import Estimate, Setup, set_up
+from titan_ulysses.plan.planner import Estimate, Setup, estimate_plan, set_up
 from titan_ulysses.plan.search import with_settings
 from titan_ulysses.ulysses.heads import plan_heads
 

@@ -11,6 +11,11 @@ from pathlib import Path
 from titan_ulysses.config.rules import tables
 from titan_ulysses.config.schema import Config, SourceSettings, ValidationSet
 from titan_ulysses.config.toml import to_toml
+from titan_ulysses.distributed.errors import UserError
+
+GIVE_A_MODEL = (
+    "Give a folder with config.json and *.safetensors, or the name of a model on the hub."
+)
 
 
 def path_problems(config: Config) -> list[str]:
@@ -46,6 +51,12 @@ def path_problems(config: Config) -> list[str]:
 def is_no_hub_name(path: str) -> bool:
     """Return whether a path can be nothing but a file or folder: no hub is asked for it."""
     return path.startswith(("/", "./", "../")) or path in (".", "..")
+
+
+def check_model_path(path: str, *, setting: str = "model.path") -> None:
+    """UserError for the path of a model that is not there and can be no name on the hub."""
+    if is_no_hub_name(path) and not Path(path).exists():
+        raise UserError(f'{setting} = "{path}": no such folder. {GIVE_A_MODEL}')
 
 
 def data_is_absent(setting: str, path: str) -> str:

@@ -11,7 +11,6 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from titan_ulysses.config.paths import is_no_hub_name
+from titan_ulysses.config.paths import GIVE_A_MODEL, check_model_path
 from titan_ulysses.distributed.errors import UserError, one_line
 from titan_ulysses.distributed.seeds import seed_of
 from titan_ulysses.model.parameter_names import is_adapter, plain
@@ -56,9 +55,7 @@ def load_model_config(
             return AutoConfig.for_model(model_type, **settings)
         except Exception as error:  # transformers raises whatever its config classes raise
             raise UserError(f"model.config: transformers refuses it: {one_line(error)}") from error
-    remedy = "Give a folder with config.json and *.safetensors, or the name of a model on the hub."
-    if is_no_hub_name(path) and not Path(path).exists():
-        raise UserError(f'{setting} = "{path}": no such folder. {remedy}')
+    check_model_path(path, setting=setting)
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
     hub.setLevel(logging.ERROR)  # it logs each retry; the result is reported once, below
@@ -71,7 +68,7 @@ def load_model_config(
         raise
     except Exception as error:
         raise UserError(
-            f'{setting} = "{path}": no transformers model there ({one_line(error)}). {remedy}'
+            f'{setting} = "{path}": no transformers model there ({one_line(error)}). {GIVE_A_MODEL}'
         ) from error
     finally:
         hub.setLevel(level)

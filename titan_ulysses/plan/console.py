@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from titan_ulysses.observability.units import size_text, time_text
-from titan_ulysses.plan.estimate import estimate_plan
 from titan_ulysses.plan.names import component_name, moment_name, tensor_name
-from titan_ulysses.plan.planner import Plan, Setup, check_idle, check_nodes
+from titan_ulysses.plan.planner import Plan, Setup, check_idle, check_nodes, estimate_plan
 from titan_ulysses.plan.run_cost import (
     asks_for_cost,
     best_change,
@@ -214,8 +213,7 @@ def _longest_sentence(setup: Setup, seq_len: int, *, verified: bool) -> str:
 def advice(plan: Plan) -> str:
     """Return a sentence about one more change of settings that lowers the memory that limits most.
 
-    The change is chosen by the size of the component that it removes from the peak, and planned
-    from few layers (`estimate.py`).
+    The change is chosen by the size of the component that it removes from the peak.
     """
     setup, config = plan.setup, plan.setup.config
     alive, on_host = plan.peak.components, plan.bottleneck == "host memory"

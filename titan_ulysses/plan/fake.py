@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 _UNKNOWN = object()
 """No result is known for a call yet. (None is a result.)"""
 _PLAIN = (str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+_NAMESPACES = ("aten", "_c10d_functional")
 _NOT_ALIKE = (
     torch.Tag.data_dependent_output,
     torch.Tag.dynamic_output_shape,
@@ -44,9 +45,9 @@ class FakeOperations:
     """Calls operators as FakeTensorMode does, and remembers the shapes of their results.
 
     Views are made by the meta device's kernel at once, without a key. The results of any other
-    operator of ATen depend only on shapes, strides, types and numbers: they are made from what an
-    earlier call returned, if all of them are new tensors or the operator's first argument. All
-    other calls go to FakeTensorMode.
+    operator of ATen, and of a functional collective, depend only on shapes, strides, types and
+    numbers: they are made from what an earlier call returned, if all of them are new tensors or the
+    operator's first argument. All other calls go to FakeTensorMode.
     """
 
     _known: ClassVar[dict[tuple, Any]] = {}
@@ -120,7 +121,7 @@ def _kind(func) -> str:
     """Return how the results of func are made: "view", "new", "in place" (the first argument), or
     "other" where they are not made here.
     """
-    if func.namespace != "aten" or any(tag in func.tags for tag in _NOT_ALIKE):
+    if func.namespace not in _NAMESPACES or any(tag in func.tags for tag in _NOT_ALIKE):
         return "other"
     if "lift" in func._opname:  # these turn real tensors into fake ones
         return "other"

@@ -1,12 +1,11 @@
 """The settings with which sequences of a given length are trained fastest.
 
 Settings are compared by the planned seconds of a token: another mesh may train more sequences in a
-step. The search estimates each candidate (`estimate.py`). It begins with settings that need
+step. The search estimates each candidate (`estimate_plan`). It begins with settings that need
 little memory, for every mesh whose sequences stay inside a node, or for all if none of these fits.
 It takes the best mesh, and changes one setting at a time, as long as that makes a token clearly
 faster. So it ends where no such change does. What cannot make it clearly faster (`_most_gained`),
-or cannot fit, is not estimated. The best are then simulated whole, in the order of their estimates,
-until one fits.
+or cannot fit, is not estimated. The best is then planned once more, with all that a plan says.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ import torch
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.plan.cost import Time
-from titan_ulysses.plan.estimate import estimate_plan
-from titan_ulysses.plan.planner import Estimate, Plan, Setup, make_plan
+from titan_ulysses.plan.planner import Estimate, Plan, Setup, estimate_plan, make_plan
 from titan_ulysses.plan.search import value_of, with_settings
 from titan_ulysses.plan.status_line import LINE
 

@@ -54,8 +54,9 @@ def layers_to_simulate(spec: RunSpec) -> list[int]:
     fewer would do.
 
     Each has a period of layers and checkpoints more than the one before. The first has a first
-    checkpoint, a last one, and one between. Only with a third one, two layers of each kind are in
-    two of them: the first one and the last one of a kind may differ from those between.
+    checkpoint, a last one, and one between, which streamed blocks that share a checkpoint can do
+    without. Only with a third one, two layers of each kind are in two of them: the first one and
+    the last one of a kind may differ from those between.
     """
     model = spec.model_config
     layers = getattr(model, "num_hidden_layers", 0)
@@ -63,9 +64,10 @@ def layers_to_simulate(spec: RunSpec) -> list[int]:
     if irregular or getattr(model, "is_heterogeneous", False) or spec.frozen is not None:
         return []
     every, period = _every(spec), _whole_period(spec)
-    least = max(3 * every, period)
+    is_streamed = every > 1 and spec.config.memory.stream_chunk_tokens >= 0
+    least = max((2 if is_streamed else 3) * every, period)
     few = least + (layers - least) % period  # as many are left over as in the whole model
-    counts = [few, few + period] + [few + 2 * period] * (period > every)
+    counts = [few, few + period] + [few + 2 * period] * (period > every or is_streamed)
     is_shorter = counts[0] + counts[1] < layers
     return [count for count in counts if count < layers] if is_shorter else []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial, update_wrapper
 from math import inf
 
@@ -227,7 +227,7 @@ def _select_planned_core(
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step of setup takes. It is simulated (`Plan`) or extrapolated (`estimate.py`)."""
+    """What a step of setup needs: what a search keeps of a `Plan`."""
 
     setup: Setup
     cost: Cost
@@ -430,6 +430,15 @@ def make_plan(setup: Setup, *, wrap: Callable[..., object] = wrap) -> Plan:
         host_components=dict(host.most_common()),
         notes=tuple(notes),
     )
+
+
+def estimate_plan(setup: Setup) -> Estimate:
+    """Plan setup, and keep what settings are compared by, without the events of the step.
+
+    UserError as `make_plan`.
+    """
+    plan = make_plan(setup)
+    return Estimate(**{one.name: getattr(plan, one.name) for one in fields(Estimate)})
 
 
 def _bytes_of_a_document(setup: Setup) -> int:

@@ -11,9 +11,8 @@ from typing import Any
 from titan_ulysses.config.schema import MOST_STEPS
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.observability.units import size_text, time_text
-from titan_ulysses.plan.estimate import estimate_plan
 from titan_ulysses.plan.fastest import CLEARLY, faster_settings
-from titan_ulysses.plan.planner import Estimate, Plan
+from titan_ulysses.plan.planner import Estimate, Plan, estimate_plan
 from titan_ulysses.plan.search import at_length, with_settings
 
 _SAVING = 1e9

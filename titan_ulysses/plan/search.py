@@ -1,9 +1,9 @@
 """How long a sequence can be, with which settings, and what each feature adds to that length.
 
 Peak memory is piecewise affine in the sequence length S: at each moment of the step, memory is a
-constant plus a part proportional to S, and the peak is the maximum of these lines. So a line
-through two simulated lengths predicts where the limit is. The search simulates that length and
-draws the line again with the new point, until a length fits and the next one does not.
+constant plus a part proportional to S, and the peak is the maximum of these lines. So the lines
+through the moments of two simulated lengths predict where the limit is. The search simulates that
+length and draws the lines again with it, until a length fits and the next one does not.
 
 With `plan.max_step_seconds`, the time of a step is a limit like the memory. Time is a S + b S^2, so
 seconds per token are a line.
@@ -22,8 +22,7 @@ from titan_ulysses.config.validate import MeshDegrees
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import chunk_length
 from titan_ulysses.memory.tiled import Tiled
-from titan_ulysses.plan.estimate import estimate_plan
-from titan_ulysses.plan.planner import Estimate, Plan, Setup, make_plan
+from titan_ulysses.plan.planner import Estimate, Plan, Setup, estimate_plan, make_plan
 
 _UNIT = 256
 """Lengths are multiples of this many tokens per rank."""
@@ -76,11 +75,18 @@ def at_length(setup: Setup, seq_len: int) -> Setup:
 def limit(setup: Setup, a: Estimate, b: Estimate) -> int:
     """Return the length at which the line through a and b reaches the first limit of the hardware
     or of the time of a step, rounded down; 0 where none fits. a is the shorter one.
+
+    Of two plans, there is a line of GPU memory for each kind of moment, in place of one of the
+    peak: with the length, the peak can move to another moment.
     """
     unit = _UNIT * setup.degrees.sequence
     lengths = []
+    of_gpu = [(a.gpu_bytes, b.gpu_bytes)]
+    if isinstance(a, Plan) and isinstance(b, Plan):
+        lower, higher = _by_moment(a), _by_moment(b)
+        of_gpu = [(lower[kind], higher[kind]) for kind in lower.keys() & higher.keys()]
     for memory, low, high in (
-        (setup.gpu_memory, a.gpu_bytes, b.gpu_bytes),
+        *((setup.gpu_memory, *both) for both in of_gpu),
         (setup.host_memory or inf, a.host_bytes, b.host_bytes),
         (setup.disk or inf, a.disk_bytes, b.disk_bytes),
     ):
@@ -99,6 +105,19 @@ def limit(setup: Setup, a: Estimate, b: Estimate) -> int:
     return max(0, int(min(*lengths, _MAX_TOKENS)) // unit * unit)
 
 
+def _by_moment(plan: Plan) -> dict[tuple, float]:
+    """Return the highest bytes of a GPU at each kind of moment of a step."""
+    memory, beside = plan.simulation.memory, plan.gpu_bytes - plan.peak.bytes
+    total, highest = beside, dict[tuple, float]()
+    for at, ((one, change), moment) in enumerate(zip(memory.events, memory.moments, strict=True)):
+        if one.place == "device":
+            total += change
+            kind = moment[:3]
+            if at >= plan.simulation.start and total > highest.get(kind, 0):
+                highest[kind] = total
+    return highest
+
+
 def is_unlimited(setup: Setup, seq_len: int) -> bool:
     """Return whether seq_len is limited only by where the planner's search ends, not by memory."""
     unit = _UNIT * setup.degrees.sequence
@@ -108,10 +127,10 @@ def is_unlimited(setup: Setup, seq_len: int) -> bool:
 def estimate(first: Plan) -> int:
     """Estimate the longest sequence that fits from the plan of one length; 0 where none fits.
 
-    The other lengths are planned from models with few layers (`estimate.py`), so the result is
-    not simulated. Memory grows more slowly once tiles and chunks are full, so that a line from a
-    shorter length would end too early: it is followed up to where it leads. Where that is the
-    length at which a search ends, this is tried at once, if a GPU could hold its hidden states.
+    The result itself is not simulated, but a line through other lengths. Memory grows more slowly
+    once tiles and chunks are full, so that a line from a shorter length would end too early: it is
+    followed up to where it leads. Where that is the length at which a search ends, this is tried at
+    once, if a GPU could hold its hidden states.
     """
     setup, own, fits = first.setup, first.seq_len, first.fits_in_time
     unit, full = _UNIT * setup.degrees.sequence, _full_length(first)
