@@ -559,7 +559,14 @@ LOSS = {
                 ("orpo", "ORPO", ", without a reference"),
             )
         ),
-        Case("reward", said("loss: Bradley-Terry of pairs of completions"), PAIRS),
+        Case(
+            "reward",
+            lambda run, _: (
+                "loss: Bradley-Terry of pairs of completions" in run.said
+                and "opens with AutoModelForSequenceClassification." in run.said
+            ),
+            PAIRS | {"checkpoint.export": None},
+        ),
         Case("kto", said("loss: KTO of completions, each good or bad, beta 0.1"), JUDGED),
         Case("distillation", said("loss: 1 of the divergence from "), TEACHER),
     ],
@@ -886,6 +893,11 @@ CHECKPOINT = {
             VALIDATED | {"validation.prompt_tokens": 2},
         ),
         Case([""], refused("validation.prompts[0] has 0 tokens"), VALIDATED),
+        Case(
+            ["a tale"],
+            refused("validation.prompts", "a reward model writes no text"),
+            VALIDATED | PAIRS | {"loss.name": "reward"},
+        ),
     ],
     "validation.prompt_tokens": [
         Case(

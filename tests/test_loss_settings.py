@@ -464,6 +464,11 @@ def nested(wanted: Settings) -> dict[str, Any]:
         (dpo, {"loss.reference": "$MATERIAL/short"}, ["it has 8 positions"]),
         (dpo, {"loss.name": "reward", "lora.rank": 4}, ["is no adapter", "lora.rank = 0"]),
         (dpo, {"training.seq_len": 24}, ["longer than training.seq_len = 24", '"drop"']),
+        (
+            dpo,
+            {"training.seq_len": 8, "data.long_documents": "drop"},
+            ["each document is longer than training.seq_len = 8: raise training.seq_len"],
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(

@@ -427,6 +427,7 @@ def test_values_without_a_counterpart_are_named_with_the_reason(tmp_path: Path) 
     recipe = tmp_path / "recipe.yaml"
     for text, key, why in [
         ("base_model: m\nload_in_8bit: true", "load_in_8bit", "weights in 8 bits"),
+        ("model_name_or_path: m\nstage: rm", "stage", "a bias and dropout there"),
         ("base_model: m\ngradient_accumulation_steps: 4", "gradient_accumulation_steps", "--ranks"),
         ("base_model: m\noptimizer: lion_8bit", "optimizer", "known values are adamw_torch"),
         ("base_model: m\ndeepspeed: absent.json", "deepspeed", "no such file beside the recipe"),
@@ -473,6 +474,10 @@ def test_keys_that_depend_on_others(tmp_path: Path) -> None:
 
 SFT = "model: {name_or_path: m}\ndata: {sources: [THUDM/LongAlign-10k], max_length: 4096%s}\n"
 CHATS = "base_model: m\ndatasets: [{path: a, type: chat_template}]\nmax_steps: 50\n"
+RLHF = (
+    "command: swift rlhf\nmodel: m\ntuner_type: full\ndataset: a\nmax_length: 64\n"
+    "torch_dtype: bfloat16\nweight_decay: 0.0\ngradient_accumulation_steps: 1\n"
+)
 OLD = """
 [model]
 name = "llama3"
@@ -573,6 +578,39 @@ enable_float8_linear = true
         (  # as YAML 1.2 has numbers
             f"{CHATS}warmup_ratio: 1e-1\nlearning_rate: 2e-5\nadam_epsilon: '1e-7'",
             {"lr_scheduler.warmup_steps": 5, "optimizer.lr": 2e-5, "optimizer.eps": "1e-7"},
+            {},
+        ),
+        (
+            "command: trl reward\nmodel_name_or_path: m\ndataset_name: a\n"
+            "center_rewards_coefficient: 0.01",
+            {
+                "loss.name": "reward",
+                "loss.center_rewards_coefficient": 0.01,
+                "loss.beta": None,
+                "data.source": "preference",
+                "data.long_documents": "drop",
+                "optimizer.lr": 1e-4,
+            },
+            {"dataset_name": "the prompt"},
+        ),
+        (
+            f"{RLHF}rlhf_type: rm",
+            {"loss.name": "reward", "loss.beta": None, "data.source": "preference"},
+            {"dataset": "its columns"},
+        ),
+        (
+            f"{RLHF}rlhf_type: grpo",
+            {"loss.name": None, "data.source": "chat"},
+            {"rlhf_type": "TRL's trainers in sequence parallelism"},
+        ),
+        (  # transformers' constant schedule has no warm-up, also where one is set
+            f"{CHATS}lr_scheduler: constant\nwarmup_ratio: 0.1",
+            {"lr_scheduler.decay_type": "constant", "lr_scheduler.warmup_steps": 0},
+            {},
+        ),
+        (
+            f"{CHATS}lr_scheduler: constant_with_warmup\nwarmup_ratio: 0.1",
+            {"lr_scheduler.decay_type": "constant", "lr_scheduler.warmup_steps": 5},
             {},
         ),
         (

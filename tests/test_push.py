@@ -15,9 +15,10 @@ import pytest
 
 from helpers.ranks import run_on_ranks
 from helpers.runs import Settings, learned, said_by, write_run
-from titan_ulysses.checkpoint.push import push
+from titan_ulysses.checkpoint.push import card, push
 from titan_ulysses.config.schema import Config
 
+IMAGES, REWARDS = {"vision": "frozen"}, {"name": "reward"}
 MINE = "https://huggingface.co/me/mine"
 
 
@@ -112,6 +113,19 @@ def test_the_files_and_a_card_are_uploaded(
     # Newer versions of the library have another name for it.
     assert (made.get("private"), made.get("visibility")) in ((True, None), (None, "private"))
     assert hub.tokens == {"Bearer hf_secret"}
+
+
+def test_the_card_says_what_kind_of_model_it_is() -> None:
+    config = config_of()
+    of_images = config.model_copy(update={"model": config.model.model_copy(update=IMAGES)})
+    rewards = config.model_copy(update={"loss": config.loss.model_copy(update=REWARDS)})
+    for kind, one in {
+        "A causal language model": config,
+        "A model of images and text": of_images,
+        "A reward model": rewards,
+        "A LoRA adapter of org/base": config_of(rank=4),
+    }.items():
+        assert f"\n{kind}.\n" in card(one, {})
 
 
 def train_and_push(config: Path, endpoint: str) -> str:

@@ -49,13 +49,20 @@ def card(config: Config, results: dict[str, str]) -> str:
     if base and not Path(base).exists():  # a name on the hub
         about.append(f"base_model: {base}")
     about += ["tags:", "- titan_ulysses", f"- {config.loss.name}", "---"]
+    if is_adapter:
+        kind = f"A LoRA adapter of {base or 'a model'}"
+    elif config.loss.name == "reward":
+        kind = "A reward model"
+    else:
+        has_images = config.model.vision != "off"
+        kind = "A model of images and text" if has_images else "A causal language model"
     rows = [f"| {what} | {value} |" for what, value in results.items()]
     lines = [
         *about,
         "",
         f"# {config.job.name}",
         "",
-        f"A LoRA adapter of {base or 'a model'}." if is_adapter else "A causal language model.",
+        f"{kind}.",
         f"Trained with sequences of {config.training.seq_len:,} tokens.",
         "",
         *(["## Results", "", "| | |", "|---|---|", *rows, ""] if rows else []),

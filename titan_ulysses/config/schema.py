@@ -915,7 +915,15 @@ class Validation(Section):
     """Several named sets in place of validation.path: tables [[validation.sets]], each with a name,
     the keys of a source in [data], and a packing.
     """
-    prompts: list[str] = setting([], Needs("enable", True, text=_VALIDATIONS))
+    prompts: list[str] = setting(
+        [],
+        Needs("enable", True, text=_VALIDATIONS),
+        Excludes(
+            "loss.name",
+            "reward",
+            text="{this} with {other}: a reward model writes no text. Set {name} = []",
+        ),
+    )
     """Texts that the model goes on with at each validation, by its likeliest tokens; with
     data.source = "chat", what a user says. A few short ones: each new token is a forward.
     """

@@ -160,9 +160,10 @@ def _pack(
             f'sequences: set {key} = "best_fit", or "none" for one document in a sequence'
         )
     # Documents longer than a sequence are dropped here, or split later by the packing.
+    whole = corpus.splits is not None or bool(corpus.visuals)
     if long := int((corpus.lengths > seq_len).sum()):
         drops = config.data.long_documents == "drop"
-        if (corpus.splits is not None or corpus.visuals) and not drops:
+        if whole and not drops:
             what, one = "pair(s) of completions, with their prompts,", "a pair"
             if corpus.visuals:
                 what, one = "document(s)", "a document with images"
@@ -177,9 +178,9 @@ def _pack(
             f"{long:,} longer than {seq_len:,} tokens {'left out' if drops else 'split'}",
         ]
     if not len(corpus):
+        cure = "raise training.seq_len" if whole else 'set data.long_documents = "split"'
         raise UserError(
-            f"{setting}: each document is longer than training.seq_len = {seq_len}: set "
-            'data.long_documents = "split"'
+            f"{setting}: each document is longer than training.seq_len = {seq_len}: {cure}"
         )
     if held_out and corpus.lengths.max() < 2:
         raise UserError(

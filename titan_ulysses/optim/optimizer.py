@@ -66,8 +66,8 @@ def groups_by_factor(
     named = {plain(name): p for name, p in model.named_parameters() if p.requires_grad}
     of_parameter = dict.fromkeys(named.values(), 1.0)
     for pattern, factor in factors.items():
-        where = {"setting": "optimizer.lr_factors", "what": "trained parameter"}
-        for name in matching([pattern], named, **where):
+        setting = "optimizer.lr_factors"
+        for name in matching([pattern], named, setting=setting, what="trained parameter"):
             of_parameter[named[name]] = factor
     return [
         {**group, "params": params, "lr_factor": factor}

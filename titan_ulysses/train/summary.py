@@ -211,6 +211,7 @@ def print_completion(state: TrainState, console: Console, folder: Path, *, lengt
     if config.checkpoint.export:
         is_of_images = state.spec.part_of or config.model.vision != "off"
         kind = "ImageTextToText" if is_of_images else "CausalLM"
+        kind = "SequenceClassification" if state.spec.scores else kind
         lines.append(f"  export/  opens with AutoModelFor{kind}.from_pretrained")
         if config.lora.rank:
             lines.append(

@@ -211,7 +211,8 @@ ARCTIC = to.Format(
         to.computed(
             "scheduler.warmup_ratio",
             "`lr_scheduler.warmup_ratio`; `lr_scheduler.warmup_steps`, of train_iters",
-            _warmup,
+            to.unless_constant("scheduler.name", _warmup),
+            "constant has none",
         ),
         to.computed("checkpoint", "`checkpoint.*`, `checkpoint.export`", _checkpoint),
         to.same("wandb.enable", "metrics.enable_wandb"),

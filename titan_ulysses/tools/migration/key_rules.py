@@ -104,7 +104,7 @@ def decisive(settings: Flat) -> list[str]:
         keys += ["checkpoint.interval", "checkpoint.keep_latest_k"]
     if settings.get("lora.rank"):
         keys += ["lora.alpha", "lora.dropout", "lora.target_modules"]
-    if settings.get("loss.name", "cross_entropy") != "cross_entropy":
+    if settings.get("loss.name", "cross_entropy") not in ("cross_entropy", "reward"):
         keys.append("loss.beta")
     for one, other in (
         ("training.steps", "training.epochs"),
@@ -338,6 +338,22 @@ def warmup(share: float, steps: int) -> Flat:
     if not steps and share:
         raise Lost("a share of steps whose number the recipe does not say")
     return {"lr_scheduler.warmup_steps": int(share * steps)}
+
+
+def unless_constant(
+    schedule: str, become: Callable[[Any, Flat], Flat]
+) -> Callable[[Any, Flat], Flat]:
+    """Return the same rule of a warm-up, which transformers' schedule "constant" has not.
+
+    schedule: their key of the schedule.
+    """
+
+    def warmup(value: Any, values: Flat) -> Flat:
+        if values.get(schedule) == "constant":
+            return {"lr_scheduler.warmup_steps": 0}
+        return become(value, values)
+
+    return warmup
 
 
 def zero_offload(optimizer: str, parameters: str) -> list[Rule]:

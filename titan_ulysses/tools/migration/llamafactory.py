@@ -45,7 +45,7 @@ def _dataset(name: str, values: Flat) -> tuple[Flat, str]:
     if values["stage"] == "pt":
         found |= {"source": "jsonl" if is_file else "hf"}
         found["text_field"] = columns.pop("prompt", "instruction")
-    elif values["stage"] == "dpo":
+    elif values["stage"] in ("dpo", "rm"):
         prompt = columns.pop("messages" if is_sharegpt else "prompt", None)
         found |= {"source": "preference"}
         found["prompt_field"] = prompt or ("conversations" if is_sharegpt else "instruction")
@@ -104,6 +104,8 @@ def _stage(_: str, values: Flat) -> Flat:
     value = values["stage"]
     if value in ("sft", "pt"):
         return {}
+    if value == "rm":
+        raise Lost("its head of scores has a bias and dropout there", {"loss.name": "reward"})
     names = {"sigmoid": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
     name = "kto" if value == "kto" else names.get(values["pref_loss"]) if value == "dpo" else None
     if not name:

@@ -54,8 +54,8 @@ def _dataset(name: str, values: Flat) -> tuple[Flat, str]:
         (path, "", "") if is_file or path.startswith(("/", ".")) else path.partition(":")
     )
     found = {"path": path} | ({"subset": subset} if subset else {})
-    if _stage(values) == "rlhf":
-        kind = "unpaired" if values.get("rlhf_type") == "kto" else "preference"
+    if _stage(values) == "rlhf" and values["rlhf_type"] in (*_BETAS, "rm"):
+        kind = "unpaired" if values["rlhf_type"] == "kto" else "preference"
         return found | {"source": kind}, f"{path}: its columns: name them (data.chosen_field)"
     lost = [f"#{count}: a part of its rows"] if count else []
     if _stage(values) == "pt":
@@ -137,6 +137,8 @@ def _held_out(share: float, values: Flat) -> Flat:
 def _loss(value: str, values: Flat) -> Flat:
     if _stage(values) != "rlhf":
         return {}
+    if value == "rm":
+        return {"loss.name": "reward"}
     if value not in _BETAS:
         raise Lost("docs/trainers.md has TRL's trainers in sequence parallelism")
     found = {"loss.name": value, "loss.beta": float(values.get("beta", _BETAS[value]))}
@@ -225,6 +227,7 @@ SWIFT = to.Format(
         to.needless("use_logits_to_keep use_flash_ckpt", "the loss is tiled"),
         to.computed("rlhf_type", "loss.name", _loss, "of swift rlhf"),
         to.needless("beta simpo_gamma cpo_alpha", "see rlhf_type"),
+        to.same("center_rewards_coefficient", "loss.center_rewards_coefficient", "of rm"),
         to.same("label_smoothing", "loss.label_smoothing"),
         to.same("desirable_weight", "loss.desirable_weight"),
         to.same("undesirable_weight", "loss.undesirable_weight"),

@@ -1,5 +1,5 @@
-"""Files of `trl sft --config` and `trl dpo --config`, or such a command in a .sh. The mixtures of
-alignment-handbook and open-r1 are read too.
+"""Files of `trl sft --config` and `trl dpo --config`, or such a command (also `trl reward`) in a
+.sh. The mixtures of alignment-handbook and open-r1 are read too.
 """
 
 from __future__ import annotations
@@ -10,13 +10,21 @@ from titan_ulysses.tools.migration import key_rules as to
 from titan_ulysses.tools.migration import training_arguments as hf
 from titan_ulysses.tools.migration.key_rules import Flat, Lost
 
-_OF_TRAINER = "2e-5 of sft, 1e-6 of dpo"
+_OF_TRAINER = "2e-5 of sft, 1e-6 of dpo, 1e-4 of reward"
 _CUT = "what is longer than max_length is cut there, and the rest is lost"
 _UNSAID = "of chats there; rows of a prompt and a completion are trained on the completion alone"
 
 
 def _is_dpo(values: Flat) -> bool:
     return values["command"] == "trl dpo" or "beta" in values
+
+
+def _is_reward(values: Flat) -> bool:
+    return bool(values["command"] == "trl reward")
+
+
+def _has_pairs(values: Flat) -> bool:
+    return _is_dpo(values) or _is_reward(values)
 
 
 def _has_adapters(values: Flat) -> bool:
@@ -34,7 +42,7 @@ def _source(entry: Flat, values: Flat) -> tuple[Flat, str]:
     known = {"path", "id", "name", "config", "split", "columns"}
     lost = [key for key in entry if key not in known and entry[key] not in (None, 1, 1.0)]
     columns = entry.get("columns") or []
-    if _is_dpo(values):
+    if _has_pairs(values):
         found["source"] = "preference"
         if "prompt" not in columns:
             lost.append("the prompt: it may be within chosen and rejected there")
@@ -59,6 +67,8 @@ def _name(value: str, values: Flat) -> Flat:
 def _command(_: str, values: Flat) -> Flat:
     if values["command"] == "trl dpo":
         return {"loss.name": "dpo", "data.packing": "none"}
+    if _is_reward(values):
+        return {"loss.name": "reward", "data.packing": "none"}
     if values["command"] != "trl sft":
         raise Lost("docs/trainers.md has TRL's trainers in sequence parallelism")
     if _is_dpo(values):
@@ -70,12 +80,14 @@ def _command(_: str, values: Flat) -> Flat:
 
 
 def _learning_rate(value: Any, values: Flat) -> Flat:
-    chosen = 1e-6 if _is_dpo(values) else 2e-5
+    chosen = 1e-4 if _is_reward(values) else 1e-6 if _is_dpo(values) else 2e-5
     return {"optimizer.lr": chosen if value == _OF_TRAINER else value}
 
 
 def _packing(value: bool | str, values: Flat) -> Flat:
     """packing and packing_strategy."""
+    if _is_reward(values):  # pairs that are too long are left out there too
+        return {"data.packing": "none", "data.long_documents": "drop"}
     if _is_dpo(values):
         return {"data.packing": "none", "data.long_documents": "split"}
     how = values["packing_strategy"] if values["packing"] else ""
@@ -92,7 +104,7 @@ def _packing(value: bool | str, values: Flat) -> Flat:
 
 def _trained(value: Any, values: Flat) -> Flat:
     """assistant_only_loss and completion_only_loss."""
-    if _is_dpo(values) or values.get("assistant_only_loss") is True or values.get(_COMPLETION):
+    if _has_pairs(values) or values.get("assistant_only_loss") is True or values.get(_COMPLETION):
         return {"data.train_on": "assistant"}
     if values.get(_COMPLETION) is False:
         return {"data.train_on": "all"}
@@ -167,6 +179,7 @@ TRL = to.Format(
         to.computed("learning_rate", "optimizer.lr", _learning_rate),
         to.computed("loss_type", "loss.name", _loss_type),
         to.computed("beta", "loss.beta", _beta, "of dpo"),
+        to.same("center_rewards_coefficient", "loss.center_rewards_coefficient", "of reward"),
         to.same("label_smoothing", "loss.label_smoothing"),
         to.same("precompute_ref_log_probs", "loss.precompute_reference"),
         to.needless("precompute_ref_batch_size disable_dropout", "it is that of training"),
