@@ -22,6 +22,7 @@ from titan_ulysses.data.decoding import Decoder
 from titan_ulysses.data.images import Kind, Pixels, Visuals
 from titan_ulysses.data.media import Media
 from titan_ulysses.data.packing import PackedSample, SampleStream
+from titan_ulysses.distributed.device import copied_to
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import (
     IGNORE_INDEX,
@@ -135,15 +136,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy the tensors of the batch to `device`; to a GPU without making the host wait."""
-        # A copy from pageable memory would make the host wait in spite of `non_blocking`. A copy to
-        # the host must make it wait: nothing would tell a reader that it has come.
-        to_gpu = torch.device(device).type not in ("cpu", "meta")
-
-        def move(tensor: Tensor) -> Tensor:
-            pin = to_gpu and tensor.device.type == "cpu"
-            return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=to_gpu)
-
-        return self._each_tensor(move)
+        return self._each_tensor(lambda x: copied_to(x, device))
 
     def _each_tensor(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tensors = {k: change(x) for k, x in vars(self).items() if isinstance(x, Tensor)}

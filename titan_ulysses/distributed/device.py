@@ -46,6 +46,15 @@ def forked_rng(devices: Iterable[torch.device]) -> AbstractContextManager[None]:
     return torch.random.fork_rng(gpus, device_type=device_type())
 
 
+def copied_to(x: Tensor, device: torch.device | str) -> Tensor:
+    """Return x on device; the host does not wait for its copy to a GPU."""
+    # A copy from pageable memory would make the host wait in spite of `non_blocking`. A copy to the
+    # host must make it wait: nothing would tell a reader that it has come.
+    to_gpu = torch.device(device).type not in ("cpu", "meta")
+    pins = to_gpu and x.device.type == "cpu"
+    return (x.pin_memory() if pins else x).to(device, non_blocking=to_gpu)
+
+
 def pin(x: Tensor) -> None:
     """Move a tensor in host memory to page-locked memory, in place."""
     for piece in plain_pieces(x):

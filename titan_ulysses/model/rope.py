@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from titan_ulysses.distributed.device import copied_to
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import Documents, current_chunk, local_slice
 
@@ -89,7 +90,8 @@ class DocumentRoPE:
         result = rotated[0]
         if len(unique_lengths) == 1:
             return result
-        token_lengths = self._lengths_of_tokens(rows, position_ids.shape[1]).to(x.device)
+        lengths = self._lengths_of_tokens(rows, position_ids.shape[1])
+        token_lengths = copied_to(lengths, x.device)
         for length, other in zip(unique_lengths[1:], rotated[1:], strict=True):
             chosen = (token_lengths == length)[..., None]
             if isinstance(result, Tensor):

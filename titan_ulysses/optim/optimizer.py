@@ -33,7 +33,7 @@ def build_optimizer(
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = muon_groups(model) if config.name == "muon" else [{"params": trained}]
-    groups = groups_by_factor(model, config.lr_factors, groups)
+    groups = groups_by_factor(model, groups, config.lr_factors, config.lr)
     offload = offload and any((device_type or p.device.type) != "cpu" for p in trained)
     bits, stochastic_rounding = BITS.get(config.name, 32), config.stochastic_rounding
     options: dict[str, Any] = {
@@ -57,11 +57,11 @@ def build_optimizer(
 
 
 def groups_by_factor(
-    model: nn.Module, factors: dict[str, float], groups: list[dict[str, Any]]
+    model: nn.Module, groups: list[dict[str, Any]], factors: dict[str, float], lr: float
 ) -> list[dict[str, Any]]:
     """Return groups of parameters divided by the factor of their learning rate, their "lr_factor".
 
-    factors: by patterns of names, of which the last that matches counts.
+    factors: by patterns of names, of which the last that matches counts. lr: what they multiply.
     """
     named = {plain(name): p for name, p in model.named_parameters() if p.requires_grad}
     of_parameter = dict.fromkeys(named.values(), 1.0)
@@ -70,7 +70,7 @@ def groups_by_factor(
         for name in matching([pattern], named, setting=setting, what="trained parameter"):
             of_parameter[named[name]] = factor
     return [
-        {**group, "params": params, "lr_factor": factor}
+        {**group, "params": params, "lr": lr * factor, "lr_factor": factor}
         for group in groups
         for factor in dict.fromkeys(of_parameter.values())
         if (params := [p for p in group["params"] if of_parameter[p] == factor])

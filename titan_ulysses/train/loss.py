@@ -23,6 +23,7 @@ from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.checkpoint.initial import initialize
 from titan_ulysses.config.schema import PREFERENCES, REFERRING
 from titan_ulysses.data.loader import Batch, Loader
+from titan_ulysses.distributed.device import copied_to
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
@@ -380,7 +381,7 @@ class PreferenceLoss(TrainingLoss):
             wholes.append(torch.tensor(numbers).repeat_interleave(torch.tensor(row)))
             first += own
         place = self.mesh.local_slice(torch.stack(wholes), chunk_tokens=batch.chunk_tokens)
-        return place.flatten().to(self.mesh.device), count
+        return copied_to(place.flatten(), self.mesh.device), count
 
 
 class KTO(PreferenceLoss):
@@ -461,7 +462,7 @@ class BradleyTerry(PreferenceLoss):
             last = torch.tensor(row).cumsum(0)[: 2 * pairs_of(row)] - 1
             whole[last] = torch.arange(count, count := count + len(last))
         ends = self.mesh.local_slice(wholes, chunk_tokens=batch.chunk_tokens)
-        return ends.to(self.mesh.device), count
+        return copied_to(ends, self.mesh.device), count
 
     def describe(self, config: Config) -> str:
         center = config.loss.center_rewards_coefficient
