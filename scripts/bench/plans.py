@@ -242,6 +242,64 @@ def hour() -> Made:
     return Made(rows, [])
 
 
+QWEN_MOE: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "max_position_embeddings": 262_144,
+    "tie_word_embeddings": False,
+}
+QLORA = FEW_GPUS | {
+    "activation_checkpoint.offload": "none",
+    "lora.rank": 16,
+    "lora.quantize_base": "nf4",
+    "lora.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "lora.target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    "training.seq_len": 2**14,
+}
+ON_24_GIB = {
+    "lora.rank": 8,
+    "memory.optimizer_offload": True,
+    "activation_checkpoint.offload": "host",
+    "plan.host_memory_gib": 64,
+    "training.seq_len": 2**12,
+}
+
+
+def experts() -> Made:
+    """QLoRA of mixtures, attention and experts, on one GPU."""
+    rows = []
+    for model, config, gpu, settings in (
+        ("gpt-oss-20b", published.GPT_OSS, "H100-80GB", {}),
+        ("gpt-oss-20b", published.GPT_OSS, "RTX-4090", {}),
+        ("Qwen3-30B-A3B", QWEN_MOE, "H100-80GB", {}),
+        ("Qwen3-30B-A3B", QWEN_MOE, "RTX-4090", ON_24_GIB),
+    ):
+        settings = QLORA | settings | {"model.config": config, "plan.gpu": gpu}
+        plan = planned(QWEN, settings)
+        assert plan.fits, (model, gpu)
+        rows.append(
+            [
+                f"{model}, rank {settings['lora.rank']}",
+                gpu,
+                f"{plan.seq_len:,}",
+                f"{plan.gpu_bytes / GIB:.2f} GiB",
+                f"{search.estimate(plan):,}",
+                time_text(plan.time.seconds),
+            ]
+        )
+        print(" | ".join(rows[-1]), flush=True)
+    return Made(rows, [])
+
+
 class Table(NamedTuple):
     page: str
     header: str
@@ -265,6 +323,9 @@ TABLES = {
         "docs/streaming.md",
         "| | tokens | GPU GiB | host GiB | a step, FlashAttention 3 | a step, FlashAttention 2 |",
         million,
+    ),
+    "experts": Table(
+        "docs/fine-tuning.md", "| model | GPU | tokens | memory | fits | a step |", experts
     ),
     "hour": Table("docs/streaming.md", "| kernel | tokens | a step | host GiB |", hour),
 }
