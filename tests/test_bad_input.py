@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaForCausalLM
 
 from titan_ulysses.__main__ import run
 from titan_ulysses.checkpoint import folder as weights_folder
@@ -217,18 +217,19 @@ def test_an_index_that_names_no_file_of_its_folder(tmp_path: Path, entry: str) -
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"max_length": "x", "do_sample": 3}'])
 def test_a_generation_config_that_is_none(tmp_path: Path, text: str) -> None:
-    class Model:
-        generation_config = None
+    class Model(LlamaForCausalLM):
+        def __init__(self) -> None:
+            self.generation_config = None
 
     (tmp_path / "generation_config.json").write_text(text)
     try:
-        keep_generation_config(Model(), str(tmp_path))  # type: ignore[arg-type]
+        keep_generation_config(Model(), str(tmp_path))
     except UserError as error:
         assert str(error).startswith(f"{tmp_path / 'generation_config.json'}: transformers refuses")
     else:
         assert text.startswith('{"max'), "what transformers takes is kept"
     (tmp_path / "generation_config.json").unlink()
-    keep_generation_config(Model(), str(tmp_path))  # type: ignore[arg-type]
+    keep_generation_config(Model(), str(tmp_path))
 
 
 def test_a_pipe_in_place_of_a_shard(tmp_path: Path) -> None:

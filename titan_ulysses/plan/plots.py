@@ -180,7 +180,7 @@ def ladder(
     """
     lengths = [step.plan.seq_len if step.plan else 0 for step in steps]
     width = 0.38 if theirs else 0.8
-    with picture(path, size=(10, (0.65 if theirs else 0.6) * len(steps) + 1.6)) as (_, axes):
+    with picture(path, size=(11, (0.65 if theirs else 0.6) * len(steps) + 1.6)) as (_, axes):
         places = np.arange(len(steps))[::-1].astype(float)
         if theirs:
             measured = [(at, n) for at, n in zip(places, theirs, strict=True) if n]
