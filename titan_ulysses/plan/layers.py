@@ -30,7 +30,7 @@ from titan_ulysses.plan.memory import Allocation, History, Moment
 from titan_ulysses.plan.simulate import Simulation, no_garbage_collection, simulate
 from titan_ulysses.setup.resolve import RunSpec
 
-IRREGULAR = ("first_k_dense_replace", "num_kv_shared_layers")
+_IRREGULAR = ("first_k_dense_replace", "num_kv_shared_layers")
 """Numbers of layers at one end of a model that differ from the others."""
 
 
@@ -39,7 +39,7 @@ def simulate_by_layers(spec: RunSpec, **options: Any) -> Simulation:
     few: Simulation | None = None
     with no_garbage_collection():
         for count in layers_to_simulate(spec):
-            more = simulate(with_layers(spec, count), **options)
+            more = simulate(_with_layers(spec, count), **options)
             try:
                 if few is not None:
                     return _Longer(spec, few, more).simulation()
@@ -60,7 +60,7 @@ def layers_to_simulate(spec: RunSpec) -> list[int]:
     """
     model = spec.model_config
     layers = getattr(model, "num_hidden_layers", 0)
-    irregular = any(getattr(model, name, None) for name in IRREGULAR)
+    irregular = any(getattr(model, name, None) for name in _IRREGULAR)
     if irregular or getattr(model, "is_heterogeneous", False) or spec.frozen is not None:
         return []
     every, period = _every(spec), _whole_period(spec)
@@ -80,10 +80,10 @@ def _every(spec: RunSpec) -> int:
 
 def _whole_period(spec: RunSpec) -> int:
     model = spec.model_config
-    return lcm(period_of(model, model.num_hidden_layers), _every(spec))
+    return lcm(_period_of(model, model.num_hidden_layers), _every(spec))
 
 
-def period_of(model: PreTrainedConfig, layers: int) -> int:
+def _period_of(model: PreTrainedConfig, layers: int) -> int:
     """Return after how many layers the kinds of layers repeat."""
     # Some families have no list of kinds, but places of one kind (bamba).
     lists = [*_lists_by_layer(model, layers).values(), layer_types(model) or [""] * layers]
@@ -102,7 +102,7 @@ def _lists_by_layer(model: PreTrainedConfig, layers: int) -> dict[str, list]:
     }
 
 
-def with_layers(spec: RunSpec, layers: int) -> RunSpec:
+def _with_layers(spec: RunSpec, layers: int) -> RunSpec:
     """Return spec for the first layers of its model."""
     model = copy.deepcopy(spec.model_config)
     for name, kinds in _lists_by_layer(model, model.num_hidden_layers).items():
