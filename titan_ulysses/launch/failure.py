@@ -345,7 +345,8 @@ def _is_first_to_speak() -> bool:
     again with both.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    name = f"titan_ulysses-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}-{attempt}.said"
+    run = (os.getppid(), os.environ.get("MASTER_PORT", ""), run_store.node(), attempt)
+    name = f"titan_ulysses-{'-'.join(map(str, run))}.said"
     path = os.path.join(tempfile.gettempdir(), name)
     # Those of earlier runs: one may have had the same numbers.
     for earlier in Path(tempfile.gettempdir()).glob("titan_ulysses-*.said"):
