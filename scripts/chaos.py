@@ -39,30 +39,19 @@ from chaos_disturbed import Hang, Reshape, Soak
 from chaos_ranks import preload
 from chaos_storage import Publish, Storage
 
-COUNTS = {
-    "damage": 100,
-    "config": 500,
-    "data": 200,
-    "flips": 300,
-    "kill": 100,
-    "hang": 40,
-    "publish": 100,
-    "storage": 45,
-    "reshape": 100,
-    "soak": 1,
+CAMPAIGNS: dict[str, tuple[type[Campaign], int]] = {
+    "damage": (Damage, 100),
+    "config": (Config, 500),
+    "data": (Data, 200),
+    "flips": (Flips, 300),
+    "kill": (Kill, 100),
+    "hang": (Hang, 40),
+    "publish": (Publish, 100),
+    "storage": (Storage, 45),
+    "reshape": (Reshape, 100),
+    "soak": (Soak, 1),
 }
-CAMPAIGNS: dict[str, type[Campaign]] = {
-    "damage": Damage,
-    "config": Config,
-    "data": Data,
-    "flips": Flips,
-    "kill": Kill,
-    "hang": Hang,
-    "publish": Publish,
-    "storage": Storage,
-    "reshape": Reshape,
-    "soak": Soak,
-}
+"""The campaigns, each with the number of its cases."""
 
 
 def without_hashes() -> None:
@@ -85,17 +74,11 @@ def journal(path: Path) -> dict[int, dict[str, Any]]:
 @cache
 def import_once() -> None:
     """Make the imports of all runs, and say how long they took."""
-    print(f"imports: {preload():.1f} s, which each run of its own would take too", flush=True)
+    print(f"imports: {preload():.1f} s, which each run of its own would take too")
 
 
 def play(
-    name: str,
-    make: Callable[[], Campaign],
-    numbers: list[int],
-    path: Path,
-    *,
-    until: float,
-    say: Callable[[str], None],
+    name: str, make: Callable[[], Campaign], numbers: list[int], path: Path, *, until: float
 ) -> Iterator[dict[str, Any]]:
     """Yield the line of each case. The campaign is made for those that are not in the journal."""
     done, campaign = journal(path), None
@@ -104,37 +87,30 @@ def play(
             line = done.get(number)
             if line is None:
                 if time.monotonic() > until:
-                    say(f"{name}: the time is over before case {number}")
+                    print(f"{name}: the time is over before case {number}")
                     return
                 if campaign is None:
                     import_once()
                     campaign = make()
                 what, verdict, seconds = campaign.case(number)
-                line = {
-                    "case": number,
-                    "verdict": verdict.word,
-                    "seconds": round(seconds, 2),
-                    "what": what,
-                    "detail": verdict.detail,
-                }
+                line = {"case": number, "verdict": verdict.word, "seconds": round(seconds, 2)}
+                line |= {"what": what, "detail": verdict.detail}
                 file.write(json.dumps(line) + "\n")
                 file.flush()
-                say(f"{name} {number:>3}  {line['verdict']:<10} {seconds:5.1f} s  {what}")
+                print(f"{name} {number:>3}  {line['verdict']:<10} {seconds:5.1f} s  {what}")
                 if verdict.word not in GOOD:
-                    say(f"    {verdict.detail}")
+                    print(f"    {verdict.detail}")
             yield line
 
 
-def table(name: str, lines: list[dict[str, Any]]) -> list[str]:
-    """Return the rows of the table at the end."""
+def table_row(name: str, lines: list[dict[str, Any]]) -> str:
+    """Return the row of a campaign in the table at the end."""
     verdicts = Counter(line["verdict"] for line in lines)
     passed = sum(count for word, count in verdicts.items() if word in GOOD)
     seconds = [line["seconds"] for line in lines] or [0.0]
     words = ", ".join(f"{count} {word}" for word, count in verdicts.most_common())
-    return [
-        f"| {name} | {passed} of {len(lines)} | {words} | {median(seconds):.1f} s | "
-        f"{max(seconds):.1f} s |"
-    ]
+    times = f"{median(seconds):.1f} s | {max(seconds):.1f} s"
+    return f"| {name} | {passed} of {len(lines)} | {words} | {times} |"
 
 
 def named(text: str) -> tuple[str, int]:
@@ -142,7 +118,7 @@ def named(text: str) -> tuple[str, int]:
     name, equals, count = text.partition("=")
     if name not in CAMPAIGNS:
         raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(CAMPAIGNS)}")
-    return name, int(count) if equals else COUNTS[name]
+    return name, int(count) if equals else CAMPAIGNS[name][1]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -158,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder that keeps the lines of the cases")
     parser.add_argument("--without-hashes", action="store_true")
     options = parser.parse_args(argv)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     until = time.monotonic() + 60 * options.minutes
     if options.without_hashes:
         import titan_ulysses.model  # noqa: F401  imports transformers without its warnings
@@ -170,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
             out.mkdir(parents=True, exist_ok=True)
             path = out / f"{name}-{options.seed}.jsonl"
             make = partial(
-                CAMPAIGNS[name],
+                CAMPAIGNS[name][0],
                 *(name, Path(temporary) / name, options.seed),
                 patient=options.patience,
                 soak_seconds=options.soak_seconds,
@@ -178,9 +155,8 @@ def main(argv: list[str] | None = None) -> int:
             numbers = [*range(count)]
             if options.only is not None:
                 numbers, path = [options.only], Path(temporary) / "only.jsonl"
-            say = lambda text: print(text, flush=True)  # noqa: E731
-            lines = [*play(name, make, numbers, path, until=until, say=say)]
-            rows += table(name, lines)
+            lines = [*play(name, make, numbers, path, until=until)]
+            rows.append(table_row(name, lines))
             is_good &= all(line["verdict"] in GOOD for line in lines)
     print("\n| campaign | passed | verdicts | median | longest |\n| - | - | - | - | - |")
     print("\n".join(rows))

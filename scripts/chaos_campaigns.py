@@ -108,6 +108,15 @@ def failed(ended: Ended) -> Verdict | None:
     return None
 
 
+def answered(ended: Ended, *, named: bool) -> Verdict:
+    """Return the verdict of a run that may train, or refuse what it was given, which it names."""
+    if verdict := failed(ended):
+        return verdict
+    if not any(ended.codes):
+        return Verdict("accepted")
+    return Verdict("refused" if named else "unnamed", cases.last_lines(ended.text))
+
+
 class Damage(Campaign):
     """A stored run of 6 steps, 3 checkpoints and an export is damaged, and goes on to step 8."""
 
@@ -165,15 +174,10 @@ class Config(Campaign):
         arguments += cases.as_arguments(mutation, self.folder)
         ended = self.run(arguments, ranks=1)
         what = ", ".join(f"{key} = {str(value)[:40]!r}" for key, value in mutation.items())
-        if verdict := failed(ended):
-            return what, verdict, ended.seconds
-        if ended.codes == [0]:
-            return what, Verdict("accepted"), ended.seconds
         sections = {f"[{key.split('.')[0]}]" for key in mutation}
         names = {*mutation, *sections} | {key.split(".", 1)[1] for key in mutation}
         named = any(name in ended.text for name in names)
-        word = "refused" if named else "unnamed"
-        return what, Verdict(word, cases.last_lines(ended.text)), ended.seconds
+        return what, answered(ended, named=named), ended.seconds
 
 
 class Data(Campaign):
@@ -188,13 +192,8 @@ class Data(Campaign):
         arguments = ["--training.steps=1", "--checkpoint.enable=false", "--checkpoint.export=false"]
         arguments += [f"--{key}={value}" for key, value in broken.settings.items()]
         ended = self.run(arguments, ranks=1)
-        if verdict := failed(ended):
-            return broken.what, verdict, ended.seconds
-        if ended.codes == [0]:
-            return broken.what, Verdict("accepted"), ended.seconds
         named = broken.file in ended.text or "data." in ended.text
-        word = "refused" if named else "unnamed"
-        return broken.what, Verdict(word, cases.last_lines(ended.text)), ended.seconds
+        return broken.what, answered(ended, named=named), ended.seconds
 
 
 class Flips(Data):

@@ -19,41 +19,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_origin
 
 RUN_TOML = """
-[job]
-dump_folder = "{folder}/outputs"
-[model]
-tokenizer = "bytes"
-[model.config]
-model_type = "llama"
-vocab_size = 257
-hidden_size = 32
-intermediate_size = 48
-num_hidden_layers = 2
-num_attention_heads = 4
-num_key_value_heads = 4
-max_position_embeddings = 128
-initializer_range = 0.2
-bos_token_id = 256
-eos_token_id = 256
-[data]
-path = "{folder}/data"
-cache_folder = "{folder}/cache"
-[training]
-seq_len = 32
-local_batch_size = 2
-param_dtype = "float32"
-[parallelism]
-sequence_parallel_degree = "auto"
-data_parallel_shard_degree = 1
-[optimizer]
-lr = 3e-3
-[lr_scheduler]
-decay_type = "constant"
-[checkpoint]
-interval = 2
-keep_latest_k = 3
-[metrics]
-enable_report = false
+job.dump_folder = "FOLDER/outputs"
+data = { path = "FOLDER/data", cache_folder = "FOLDER/cache" }
+model.tokenizer = "bytes"
+model.config = { model_type = "llama", vocab_size = 257, hidden_size = 32, intermediate_size = 48, \
+num_hidden_layers = 2, num_attention_heads = 4, num_key_value_heads = 4, \
+max_position_embeddings = 128, initializer_range = 0.2, bos_token_id = 256, eos_token_id = 256 }
+training = { seq_len = 32, local_batch_size = 2, param_dtype = "float32" }
+parallelism = { sequence_parallel_degree = "auto", data_parallel_shard_degree = 1 }
+optimizer.lr = 3e-3
+lr_scheduler.decay_type = "constant"
+checkpoint = { interval = 2, keep_latest_k = 3 }
+metrics.enable_report = false
 """
 
 
@@ -64,7 +41,7 @@ def write_run(folder: Path) -> None:
     for number in range(20):
         words = " ".join("".join(draw.choices("etaoinsh", k=draw.randint(1, 9))) for _ in range(30))
         (folder / "data" / f"{number:02d}.txt").write_text(words)
-    (folder / "run.toml").write_text(RUN_TOML.format(folder=folder))
+    (folder / "run.toml").write_text(RUN_TOML.replace("FOLDER", str(folder)))
 
 
 def results(run: Path, step: int) -> Any:
@@ -247,7 +224,7 @@ def _of_folder(draw: random.Random, folder: Path) -> Damage:
             Damage("the two files of tensors exchanged in step-6", swap, tuple(tensors)),
             Damage(
                 f"{name} of step-4 in step-6",
-                lambda: None if _copied(older / name, newest / name) else None,
+                lambda: _copy(older / name, newest / name),
                 (name, *tensors, "run.json", ".metadata"),
             ),
             Damage("step-4 renamed to step-6", renamed("step-6"), ("run.json",)),
@@ -260,8 +237,8 @@ def _of_folder(draw: random.Random, folder: Path) -> Damage:
     )
 
 
-def _copied(source: Path, target: Path) -> Path:
-    return Path(shutil.copy(source, target))
+def _copy(source: Path, target: Path) -> None:
+    shutil.copy(source, target)
 
 
 def _of_metrics(draw: random.Random, file: Path) -> Damage:
@@ -387,12 +364,7 @@ _LINES: list[tuple[str, bytes]] = [
 _GOOD = {
     "jsonl": json.dumps({"text": _WORDS, "prompt": _WORDS, "completion": _WORDS}).encode(),
     "chat": json.dumps(
-        {
-            "messages": [
-                {"role": "user", "content": _WORDS},
-                {"role": "assistant", "content": _WORDS},
-            ]
-        }
+        {"messages": [{"role": role, "content": _WORDS} for role in ("user", "assistant")]}
     ).encode(),
 }
 
@@ -512,6 +484,7 @@ def _records(draw: random.Random, good: bytes) -> tuple[str, bytes]:
 def _packed(draw: random.Random, name: str, data: bytes) -> tuple[str, str, bytes]:
     packed = gzip.compress(data)
     at = draw.randrange(len(packed))
+    changed = packed[:at] + bytes([packed[at] ^ 0x55]) + packed[at + 1 :]
     return draw.choice(
         [
             ("packed", f"{name}.gz", packed),
@@ -520,11 +493,7 @@ def _packed(draw: random.Random, name: str, data: bytes) -> tuple[str, str, byte
             ("named as zstandard", f"{name}.zst", packed),
             ("named as parquet", "a.parquet", data),
             ("parquet of nothing but its mark", "a.parquet", b"PAR1" + data + b"PAR1"),
-            (
-                "packed with a byte changed",
-                f"{name}.gz",
-                packed[:at] + bytes([packed[at] ^ 0x55]) + packed[at + 1 :],
-            ),
+            ("packed with a byte changed", f"{name}.gz", changed),
         ]
     )
 

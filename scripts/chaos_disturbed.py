@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 import chaos_cases as cases
-from chaos_campaigns import Campaign, Disturbed, Verdict, failed
+from chaos_campaigns import Campaign, Disturbed, Verdict, answered, failed
 from chaos_ranks import Ended
 
 TIMEOUT_S = 8.0
@@ -197,13 +197,10 @@ class Reshape(Campaign):
         ranks = after[0] * after[1] * after[2]
         ended = self.run(self._arguments(kind, after), ranks=ranks)
         what = f"{kind}, {before} to {after}"
-        if verdict := failed(ended):
-            return what, verdict, ended.seconds
-        if any(ended.codes):
-            is_named = "values that share a scale" in ended.text
-            word = "refused" if is_named else "unnamed"
-            return what, Verdict(word, cases.last_lines(ended.text)), ended.seconds
-        return what, self._verdict(kind, expected, same_mesh=before == after), ended.seconds
+        verdict = answered(ended, named="values that share a scale" in ended.text)
+        if verdict.word == "accepted":
+            verdict = self._verdict(kind, expected, same_mesh=before == after)
+        return what, verdict, ended.seconds
 
     def _verdict(self, kind: str, expected: dict[int, float], *, same_mesh: bool) -> Verdict:
         found = self._losses()
@@ -238,11 +235,8 @@ class Soak(Campaign):
         what = f"2 ranks, async_mode {mode}, {self.soak_seconds:.0f} s: {gauge.describe()}"
         if verdict := failed(ended):
             return what, verdict, ended.seconds
-        return (
-            what,
-            Verdict("flat" if gauge.is_flat() else "grows", gauge.describe()),
-            ended.seconds,
-        )
+        verdict = Verdict("flat" if gauge.is_flat() else "grows", gauge.describe())
+        return what, verdict, ended.seconds
 
 
 class Gauge:

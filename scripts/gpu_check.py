@@ -28,8 +28,8 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -151,28 +151,29 @@ def config_of(scale: Scale, folder: str, **settings: Any) -> Any:
 
 def logged(folder: str) -> list[Figures]:
     """Return the lines of metrics.jsonl of the run in folder."""
-    return [
-        json.loads(line)
-        for line in (Path(folder) / "run" / "metrics.jsonl").read_text().split("\n")
-        if line
-    ]
+    lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines if line]
 
 
-def run_trainer(config: Any) -> None:
-    """Run `Trainer` in this process, as train.py does, without its console."""
+def run_trainer(config: Any, kind: type | None = None) -> None:
+    """Run `Trainer`, or a kind of it, in this process, as train.py does, without its console."""
     from titan_ulysses.train.trainer import Trainer
 
-    with open(os.devnull, "w") as nothing, redirected(nothing):
-        Trainer(config).train()
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
+        (kind or Trainer)(config).train()
 
 
-@contextmanager
-def redirected(file: Any) -> Iterator[None]:
-    before, sys.stdout = sys.stdout, file
-    try:
-        yield
-    finally:
-        sys.stdout = before
+def in_fork(fn: Callable[..., Any], *arguments: Any) -> int:
+    """Call fn in a process of its own, whose allocator's peak begins at 0; return its status."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            fn(*arguments)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
 
 
 def trainer(scale: Scale, **settings: Any) -> Figures:
@@ -280,11 +281,8 @@ def offload_bits(scale: Scale) -> Figures:
         seconds[offload] = round(time.perf_counter() - started, 3)
         del model
     for offload in ("host", "disk"):
-        differing = [
-            i
-            for i, (a, b) in enumerate(zip(found["none"], found[offload], strict=True))
-            if not torch.equal(a, b)
-        ]
+        pairs = enumerate(zip(found["none"], found[offload], strict=True))
+        differing = [number for number, (a, b) in pairs if not torch.equal(a, b)]
         assert not differing, f"{offload}: tensors {differing} differ"
     return {"loss": round(found["none"][0].item(), 4), "seconds": seconds}
 
@@ -384,9 +382,8 @@ def beyond_int32(scale: Scale) -> Figures:
     upstream[:, -length:] = 1.0
     ours = torch.autograd.grad(found, whole, upstream)
     theirs = torch.autograd.grad(expected, last, torch.ones_like(expected))
-    gradients = max(
-        (a[:, -length:] - b).abs().max().item() for a, b in zip(ours, theirs, strict=True)
-    )
+    pairs = zip(ours, theirs, strict=True)
+    gradients = max((a[:, -length:] - b).abs().max().item() for a, b in pairs)
     elsewhere = max(a[:, :-length].abs().max().item() for a in ours)
     assert difference < 1e-2 and gradients < 5e-2 and elsewhere == 0, (difference, gradients)
     elements = whole[0].numel()
@@ -405,10 +402,8 @@ def packed_windows(scale: Scale) -> Figures:
     for lengths in ((11, 53), (30, 34), (5, 24, 35)):
         documents, results = tuple(unit * length for length in lengths), []
         for chunk in (-1, scale.tokens // 4):
-            memory = {"stream_chunk_tokens": chunk}
-            model, batch, _ = sharded_llama(
-                scale, 2, table=table, documents=documents, memory=memory
-            )
+            own: Figures = {"documents": documents, "memory": {"stream_chunk_tokens": chunk}}
+            model, batch, _ = sharded_llama(scale, 2, table=table, **own)
             results.append(loss_and_gradients(model, batch))
             del model, batch
         pairs = [(a.double(), b.double()) for a, b in zip(*results, strict=True)]
@@ -424,15 +419,10 @@ def attention_rates(scale: Scale) -> Figures:
     found: Figures = {}
     heads = (8, 2) if not scale.rehearses else scale.heads
     activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
-    tried: list[tuple[str, str, str | None]] = [
-        ("sdpa", "sdpa", None),
-        ("flex", "flex", None),
-        ("flash", "flash", None),
-        ("varlen, FA2", "varlen", None),
-        ("varlen, FA3", "varlen", "FA3"),
-        ("varlen, FA4", "varlen", "FA4"),
-    ]
-    for label, name, switch in tried:
+    kernels = ("varlen, FA2", "varlen, FA3", "varlen, FA4")
+    for label in ("sdpa", "flex", "flash", *kernels):
+        name, _, kernel = label.partition(", ")
+        switch = "" if kernel == "FA2" else kernel  # what is there without a switch
         try:
             core = core_named(scale, name)
             if switch:
@@ -503,10 +493,7 @@ def planned_memory(scale: Scale) -> Figures:
                 training__seq_len=tokens,
                 activation_checkpoint__offload="host",
             )
-            pid = os.fork()
-            if pid == 0:  # a run of its own: the allocator's peak begins at 0
-                os._exit(guarded(run_trainer, config))
-            _, status = os.waitpid(pid, 0)
+            status = in_fork(run_trainer, config)
             assert status == 0, f"{tokens} tokens: the run ended with {status}"
             last = logged(folder)[-1]
         measured, planned = last["peak_memory_gib"], last["planned_memory_gib"]
@@ -516,16 +503,6 @@ def planned_memory(scale: Scale) -> Figures:
         assert scale.rehearses or planned is not None, "no plan was made"
         assert planned is None or abs(measured / planned - 1) < 0.1, found
     return found
-
-
-def guarded(fn: Callable[..., Any], *arguments: Any) -> int:
-    """Call fn in a process that ends after it; return its exit code."""
-    try:
-        fn(*arguments)
-        return 0
-    except BaseException:
-        traceback.print_exc()
-        return 1
 
 
 def loss_tiles(scale: Scale) -> Figures:
@@ -554,10 +531,8 @@ def loss_tiles(scale: Scale) -> Figures:
             torch.cuda.reset_peak_memory_stats()
         seconds = seconds_of(scale, step)
         flops = 6 * tokens * scale.width * scale.vocabulary
-        found[str(tile)] = {
-            "seconds": round(seconds, 4),
-            "tflops": round(flops / seconds / 1e12, 1),
-        }
+        rate = round(flops / seconds / 1e12, 1)
+        found[str(tile)] = {"seconds": round(seconds, 4), "tflops": rate}
         if not scale.rehearses:
             found[str(tile)]["gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     assert max(losses) - min(losses) < 1e-4 * max(losses), losses
@@ -608,18 +583,10 @@ def resumed_bits(scale: Scale) -> Figures:
         lines = {}
         for name in ("whole", "killed"):
             with tempfile.TemporaryDirectory() as folder:
-                config = config_of(
-                    scale,
-                    folder,
-                    checkpoint__enable=True,
-                    checkpoint__interval=1,
-                    training__deterministic=deterministic,
-                )
+                own = {"training__deterministic": deterministic, "checkpoint__interval": 1}
+                config = config_of(scale, folder, checkpoint__enable=True, **own)
                 for _ in range(1 if name == "whole" else 2):
-                    pid = os.fork()
-                    if pid == 0:
-                        os._exit(guarded(run_and_die, config, name == "killed"))
-                    _, status = os.waitpid(pid, 0)
+                    status = in_fork(run_and_die, config, name == "killed")
                     assert status in (0, signal.SIGKILL), f"{name}: the run ended with {status}"
                 lines[name] = logged(folder)[-1]
         equal = all(lines["whole"][key] == lines["killed"][key] for key in ("loss", "grad_norm"))
@@ -639,8 +606,7 @@ def run_and_die(config: Any, dies: bool) -> None:
             if dies and self.state.step == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    with open(os.devnull, "w") as nothing, redirected(nothing):
-        Mortal(config).train()
+    run_trainer(config, Mortal)
 
 
 NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
@@ -648,29 +614,17 @@ NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 # --- all of them ----------------------------------------------------------------------------------
 
 Check = Callable[[Scale], Figures]
+EIGHT_BITS: dict[str, Any] = {"optimizer__name": "adamw8bit"}
+EACH_STEP: dict[str, Any] = {"checkpoint__enable": True, "checkpoint__interval": 1}
 CHECKS: dict[str, tuple[Check, float]] = {
     "versions": (versions, 60),
     "trainer_bf16": (trainer, 60),
     "trainer_fp32": (partial(trainer, training__param_dtype="float32"), 60),
     "trainer_compile": (partial(trainer, compile__enable=True), 90),
-    "trainer_8bit": (
-        partial(trainer, optimizer__name="adamw8bit", optimizer__stochastic_rounding=True),
-        90,
-    ),
-    "trainer_async": (
-        partial(
-            trainer,
-            checkpoint__enable=True,
-            checkpoint__interval=1,
-            checkpoint__async_mode="async",
-        ),
-        60,
-    ),
+    "trainer_8bit": (partial(trainer, **EIGHT_BITS, optimizer__stochastic_rounding=True), 90),
+    "trainer_async": (partial(trainer, checkpoint__async_mode="async", **EACH_STEP), 60),
     "trainer_skip": (partial(trainer, training__skip_nonfinite=1), 60),
-    "trainer_skip_8bit": (
-        partial(trainer, training__skip_nonfinite=1, optimizer__name="adamw8bit"),
-        90,
-    ),
+    "trainer_skip_8bit": (partial(trainer, training__skip_nonfinite=1, **EIGHT_BITS), 90),
     "pytest_gpu": (pytest_gpu, 120),
     "offload_bits": (offload_bits, 90),
     "copies_beside_kernels": (copies_beside_kernels, 60),

@@ -31,7 +31,7 @@ from gpu_check import (
     config_of,
     llama,
     logged,
-    redirected,
+    run_trainer,
 )
 
 KINDS = {
@@ -128,8 +128,7 @@ def step(scale: Scale, *, tokens: int, layers: int) -> Figures:
         parallelism__sequence_parallel_degree=world,
         activation_checkpoint__offload="host",
     )
-    with open(os.devnull, "w") as nothing, redirected(nothing):
-        Profiled(config).train()
+    run_trainer(config, Profiled)
     dist.barrier()
     last = logged(folder)[-1] if dist.get_rank() == 0 else {}
     found = {name: last.get(name) for name in ("loss", "step_seconds", "peak_memory_gib")}

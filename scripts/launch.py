@@ -49,7 +49,7 @@ from torch.distributed.run import parse_args, parse_min_max_nnodes, run
 
 from titan_ulysses.config.cli import parse_command_line
 from titan_ulysses.config.load import load_config
-from titan_ulysses.distributed.errors import UserError, one_line
+from titan_ulysses.distributed.errors import UsageError, UserError, one_line
 from titan_ulysses.launch.host import usable_cores, visible_gpus
 from titan_ulysses.train.signals import HOSTS_CHANGE, RESTART
 
@@ -102,10 +102,9 @@ def set_ranks(args: Any) -> None:
     ranks = number_of(args.nproc_per_node, "NPROC (--nproc-per-node)", 1, 4096)
     cores = usable_cores()
     if 0 < gpus < ranks:
-        raise UserError(
+        raise UsageError(
             f"{ranks} ranks, and torch can use {gpus} GPU{'s' * (gpus > 1)} here: each rank needs "
-            f"one of its own. Set NPROC={gpus}, or look at CUDA_VISIBLE_DEVICES",
-            exit_code=2,
+            f"one of its own. Set NPROC={gpus}, or look at CUDA_VISIBLE_DEVICES"
         )
     # More threads than cores make all ranks wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // max(1, ranks))))
@@ -119,7 +118,7 @@ def number_of(text: str, name: str, least: int, most: int) -> int:
     """Return a number of the command line. UserError if it is none, or out of these bounds."""
     number = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else -1
     if not least <= number <= most:
-        raise UserError(f"{name} is {text}: needs a number from {least} to {most}", exit_code=2)
+        raise UsageError(f"{name} is {text}: needs a number from {least} to {most}")
     return number
 
 
@@ -139,9 +138,7 @@ def meeting_of(args: Any) -> Meeting | None:
     try:
         least, most = parse_min_max_nnodes(args.nnodes)
     except (ValueError, RuntimeError):
-        raise UserError(
-            f"--nnodes {args.nnodes}: needs a number of hosts, or MIN:MAX", exit_code=2
-        ) from None
+        raise UsageError(f"--nnodes {args.nnodes}: needs a number of hosts, or MIN:MAX") from None
     if most == 1 or args.standalone:
         return None
     settings = _rendezvous_settings(args)
@@ -232,7 +229,7 @@ def _endpoint(text: str, default_port: int) -> tuple[str, int]:
     try:
         return parse_rendezvous_endpoint(text, default_port)
     except ValueError as error:
-        raise UserError(f"--rdzv-endpoint {text}: {one_line(error)}", exit_code=2) from None
+        raise UsageError(f"--rdzv-endpoint {text}: {one_line(error)}") from None
 
 
 def _rendezvous_settings(args: Any) -> dict[str, str]:

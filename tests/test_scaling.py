@@ -34,9 +34,9 @@ def bench(name: str) -> ModuleType:
 
 
 def case_of(ranks: int):
-    settings = f"training.seq_len={ranks * TOKENS} parallelism.sequence_parallel_degree={ranks}"
+    whole = "memory.stream_chunk_tokens=-1"
     return bench("plan_accuracy").case(
-        f"P {ranks}", ranks, f"{settings} memory.stream_chunk_tokens=-1", model=MODEL
+        f"P {ranks}", ranks, ranks * TOKENS, whole, degree=ranks, model=MODEL
     )
 
 

@@ -25,7 +25,7 @@ from titan_ulysses.config.load import dump_toml, load_config
 from titan_ulysses.config.model_cli import parse_model_command
 from titan_ulysses.config.paths import check_model_path, path_problems
 from titan_ulysses.config.validate import check
-from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.errors import UsageError, UserError
 from titan_ulysses.launch.failure import exit_on_error
 from titan_ulysses.launch.hub import look_for_hub
 from titan_ulysses.memory.allocator import expand_segments
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         near = get_close_matches(command, _COMMANDS, n=1)
         remedy = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(_COMMANDS)}"
-        raise UserError(f"titan-ulysses {command}: no such command; {remedy}", exit_code=2)
+        raise UsageError(f"titan-ulysses {command}: no such command; {remedy}")
 
 
 def _names_a_model(arguments: list[str]) -> bool:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,11 @@ from common import (
     CACHING,
     LLAMA,
     ROOT,
-    launch,
+    child,
     measure,
     parser_of,
     peak_memory,
-    run,
     slope,
-    tell,
     training_step,
 )
 
@@ -54,17 +52,16 @@ FLAT = 0.02
 """The slope with tiles should be 0. It may be at most this share of the slope without tiles."""
 
 
-# ---------------------------------------------------------------- the roles of child processes
+# ---------------------------------------------------------------- in child processes
 
 
-def train(args: argparse.Namespace) -> None:
-    """Train one step per length on every rank, and print its time and memory. Memory is measured
-    with two steps, because only the second one has optimizer state.
+def train(dtype: str, options: dict[str, Any], layers: int, lengths: list[int]) -> Any:
+    """Train one step per length on every rank: its time and memory. Memory is measured with two
+    steps, because only the second one has optimizer state.
     """
-    options = json.loads(args.options)
     step = training_step(
-        {**LLAMA, "num_hidden_layers": args.layers},
-        dtype=args.dtype,
+        {**LLAMA, "num_hidden_layers": layers},
+        dtype=dtype,
         degree=options.pop("degree", None),
         activation_checkpoint={
             "offload": options.pop("offload", "none"),
@@ -72,28 +69,25 @@ def train(args: argparse.Namespace) -> None:
         },
         memory=options,
     )
-    tell(measure(step, args.lengths))
+    return measure(step, lengths)
 
 
-def head(args: argparse.Namespace) -> None:
+def head(dtype: str, tile_tokens: int, seq_len: int) -> list[dict[str, int]]:
     """Measure in one process the peak of a loss head's forward and backward."""
     import torch
 
     from titan_ulysses.memory.loss_head import LossHead
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    (seq_len,), hidden_size, vocab = args.lengths, LLAMA["hidden_size"], LLAMA["vocab_size"]
-    linear = torch.nn.Linear(
-        hidden_size, vocab, bias=False, dtype=getattr(torch, args.dtype), device=device
-    )
-    loss_head = LossHead(linear, tile_tokens=json.loads(args.options)["loss_tile_tokens"])
+    hidden_size, vocab = LLAMA["hidden_size"], LLAMA["vocab_size"]
+    kind = {"dtype": getattr(torch, dtype), "device": device}
+    linear = torch.nn.Linear(hidden_size, vocab, bias=False, **kind)
+    loss_head = LossHead(linear, tile_tokens=tile_tokens)
     labels = torch.arange(seq_len, device=device)[None] % vocab
     with peak_memory() as peaks:
-        hidden = torch.randn(
-            1, seq_len, hidden_size, dtype=linear.weight.dtype, device=device, requires_grad=True
-        )
+        hidden = torch.randn(1, seq_len, hidden_size, **kind, requires_grad=True)
         loss_head(hidden, labels, torch.tensor(seq_len, device=device)).backward()
-    print(json.dumps([peaks]))
+    return [peaks]
 
 
 # ---------------------------------------------------------------- the parent
@@ -107,35 +101,29 @@ class Bench:
         self.unit = LLAMA["hidden_size"] * (2 if args.dtype == "bfloat16" else 4)
         self.offload = {"offload": "host" if on_gpu else "disk"}
 
-    def child(
-        self,
-        role: str,
-        lengths: list[int],
-        options: dict,
-        *,
-        layers: int = 4,
-        env: dict = ALLOCATOR,
-    ) -> Any:
-        command = (
-            [sys.executable, __file__] if role == "head" else launch(self.args.ranks, __file__)
-        )
-        command += ["--role", role, "--dtype", self.args.dtype, "--options", json.dumps(options)]
-        command += ["--layers", str(layers), "--lengths", *map(str, lengths)]
-        return run(command, threads=1, minutes=self.args.minutes, env=env)
+    def steps(self, lengths: list[int], options: dict, layers: int, env: dict = ALLOCATOR) -> Any:
+        ranks, minutes = self.args.ranks, self.args.minutes
+        given = self.args.dtype, options, layers, lengths
+        return child(train, *given, ranks=ranks, minutes=minutes, env=env)
+
+    def two_steps(self, seq_len: int, options: dict, layers: int = 4) -> Any:
+        return self.steps([seq_len] * 2, options, layers)
+
+    def head(self, seq_len: int, tile_tokens: int) -> Any:
+        minutes = self.args.minutes
+        return child(head, self.args.dtype, tile_tokens, seq_len, minutes=minutes, env=ALLOCATOR)
 
     def peaks(
-        self, role: str, seq_lens: list[int], options: dict, *, layers: int = 4
+        self, seq_lens: list[int], measure: Callable[..., Any], *given: Any
     ) -> dict[int, list[int] | str]:
-        """Return for each S the highest peak of any rank, in bytes, in each repeat.
+        """Return for each S the highest peak of any rank, in bytes, in each repeat of
+        measure(S, *given).
 
         Where a child fails, the value is the reason instead, and no longer S is tried.
         """
         found: dict[int, list[int] | str] = {}
         for seq_len in seq_lens:
-            lengths = [seq_len] if role == "head" else [seq_len] * 2
-            each = [
-                self.child(role, lengths, options, layers=layers) for _ in range(self.args.repeats)
-            ]
+            each = [measure(seq_len, *given) for _ in range(self.args.repeats)]
             failed = next((one for one in each if isinstance(one, str)), None)
             found[seq_len] = failed or [max(rank["anonymous"] for rank in one) for one in each]
             if failed:
@@ -143,9 +131,8 @@ class Bench:
         return found
 
     def seconds(self, seq_len: int, options: dict) -> float | str:
-        found = self.child(
-            "train", [seq_len // 8, *[seq_len] * self.args.repeats], options, env=CACHING
-        )
+        lengths = [seq_len // 8, *[seq_len] * self.args.repeats]
+        found = self.steps(lengths, options, 4, CACHING)
         return found if isinstance(found, str) else statistics.median(found[0]["seconds"][1:])
 
 
@@ -167,14 +154,11 @@ def show(
         )
     found = bytes_a_token(peaks)
     kib = "-" if found is None else f"{found / 1024:.2f}"
-    print(f"{name:<26} {' '.join(cells)}  {kib:>9}{extra}", flush=True)
+    print(f"{name:<26} {' '.join(cells)}  {kib:>9}{extra}")
 
 
 def heading(what: str, seq_lens: list[int], extra: str = "") -> None:
-    print(
-        f"\n{what:<26} {' '.join(f'{s:>9,}' for s in seq_lens)}  {'KiB/token':>9}{extra}",
-        flush=True,
-    )
+    print(f"\n{what:<26} {' '.join(f'{s:>9,}' for s in seq_lens)}  {'KiB/token':>9}{extra}")
 
 
 def recipe(bench: Bench) -> list[dict]:
@@ -185,17 +169,13 @@ def recipe(bench: Bench) -> list[dict]:
     heading("peak MiB a rank at S =", seq_lens, f"  step at S = {seq_lens[-1]:,}")
     for name, more in RECIPE.items():
         options |= bench.offload if "offload" in more else more
-        peaks = bench.peaks("train", seq_lens, options)
+        peaks = bench.peaks(seq_lens, bench.two_steps, options)
         done = [s for s, each in peaks.items() if not isinstance(each, str)]
         seconds = bench.seconds(seq_lens[-1], options) if seq_lens[-1] in done else "-"
         rows.append({"name": name, "options": dict(options), "peaks": peaks, "seconds": seconds})
         rows[-1]["bytes_a_token"] = bytes_a_token(peaks)
-        show(
-            name,
-            peaks,
-            seq_lens,
-            f"  {seconds:8.2f} s" if isinstance(seconds, float) else f"  {seconds:.40}",
-        )
+        said = f"  {seconds:8.2f} s" if isinstance(seconds, float) else f"  {seconds:.40}"
+        show(name, peaks, seq_lens, said)
     return rows
 
 
@@ -208,15 +188,12 @@ def loss_head(bench: Bench) -> list[dict]:
         ("one tile", -1, [s for s in seq_lens if s <= bench.args.longest_untiled]),
         ("tiles of 64 MiB", 0, seq_lens),
     ):
-        peaks = bench.peaks("head", lengths, {"loss_tile_tokens": tile})
+        peaks = bench.peaks(lengths, bench.head, tile)
         rows.append({"name": name, "peaks": peaks, "bytes_a_token": bytes_a_token(peaks)})
         show(name, peaks, seq_lens)
     untiled, tiled = (row["bytes_a_token"] for row in rows)
     if untiled and tiled is not None:
-        print(
-            f"slope of tiles to that of one tile: {tiled / untiled:.4f} (at most {FLAT} wanted)",
-            flush=True,
-        )
+        print(f"slope of tiles to that of one tile: {tiled / untiled:.4f} (at most {FLAT} wanted)")
     return rows
 
 
@@ -230,7 +207,7 @@ def layers(bench: Bench) -> list[dict]:
     heading("peak MiB a rank at S =", seq_lens, "  units/token of the rank")
     for offload in ("none", where):
         for count in bench.args.layers_counts:
-            peaks = bench.peaks("train", seq_lens, {"offload": offload}, layers=count)
+            peaks = bench.peaks(seq_lens, bench.two_steps, {"offload": offload}, count)
             found = bytes_a_token(peaks)
             units = None if found is None else found * bench.args.ranks / bench.unit
             rows.append({"offload": offload, "layers": count, "peaks": peaks, "units": units})
@@ -242,7 +219,7 @@ def layers(bench: Bench) -> list[dict]:
         if all(row["units"] is not None for row in rows if row["offload"] == offload)
     }
     for offload, units in each.items():
-        print(f"offload {offload}: {units:.3f} units a token of the rank and layer", flush=True)
+        print(f"offload {offload}: {units:.3f} units a token of the rank and layer")
     return rows
 
 
@@ -308,39 +285,24 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=20, help="patience a process")
-    parser.add_argument("--role", choices=["train", "head"], help=argparse.SUPPRESS)
-    parser.add_argument("--options", help=argparse.SUPPRESS)
-    parser.add_argument("--layers", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--lengths", type=int, nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.role:
-        return globals()[args.role](args)
 
     import torch
 
     # The parts of this file that need a GPU are untested.
     gpus = torch.cuda.device_count()
-    args.ranks, args.dtype = (
-        args.ranks or gpus or 2,
-        args.dtype or ("bfloat16" if gpus else "float32"),
-    )
+    args.ranks = args.ranks or gpus or 2
+    args.dtype = args.dtype or ("bfloat16" if gpus else "float32")
     FOLDER.mkdir(parents=True, exist_ok=True)
     bench, found = Bench(args, on_gpu=gpus > 0), {}
     kind = f"{args.ranks} {'GPU' if gpus else 'CPU'} ranks"
-    print(
-        f"{kind}, llama, h 256, ffn 896, vocab 32,000, {args.dtype}, median of {args.repeats}",
-        flush=True,
-    )
+    print(f"{kind}, llama, h 256, ffn 896, vocab 32,000, {args.dtype}, median of {args.repeats}")
     for what in args.what:
         found[what] = tables[what](bench)
-        (FOLDER / "ablation.json").write_text(
-            json.dumps({"settings": vars(args), **found}, indent=1)
-        )
-    plot(
-        found,
-        FOLDER / "ablation.png",
-        "tensors on the GPU" if gpus else "anonymous memory of a rank",
-    )
+        told = json.dumps({"settings": vars(args), **found}, indent=1)
+        (FOLDER / "ablation.json").write_text(told)
+    memory = "tensors on the GPU" if gpus else "anonymous memory of a rank"
+    plot(found, FOLDER / "ablation.png", memory)
     print(f"\nwritten to {(FOLDER / 'ablation.json').relative_to(ROOT)} and .png beside it")
 
 

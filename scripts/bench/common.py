@@ -16,8 +16,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 ALLOCATOR = {
@@ -48,7 +49,10 @@ LLAMA: dict[str, Any] = {
 
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser of a benchmark's options, whose help is its docstring, as it is."""
+    """Return a parser of a benchmark's options, whose help is its docstring, as it is. From then on
+    each line is printed at once, into a file too.
+    """
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     formatter = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(description=doc, formatter_class=formatter)
 
@@ -201,21 +205,6 @@ def _status(field: str) -> int:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
-def tell(found: Any) -> NoReturn:
-    """Print on rank 0 the list of what all ranks found, and exit without the interpreter's
-    shutdown. Collective.
-    """
-    import torch.distributed as dist
-
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
-    if dist.get_rank() == 0:
-        print(json.dumps(everyone), flush=True)
-    dist.barrier()
-    sys.stderr.flush()
-    os._exit(0)
-
-
 def slope(points: Iterable[tuple[float, float]]) -> float:
     """Return the slope of the line through points (x, y), by least squares."""
     return statistics.linear_regression(*zip(*points, strict=True)).slope
@@ -226,20 +215,59 @@ def launch(ranks: int, script: str, python: str = sys.executable) -> list[str]:
 
     script: the `__file__` of the script.
     """
-    return [
-        python,
-        "scripts/launch.py",
-        "--nproc-per-node",
-        str(ranks),
-        str(Path(script).resolve()),
-    ]
+    ranks_of = ["scripts/launch.py", "--nproc-per-node", str(ranks)]
+    return [python, *ranks_of, str(Path(script).resolve())]
+
+
+def child(
+    function: Callable[..., Any],
+    *arguments: Any,
+    ranks: int = 0,
+    python: str = sys.executable,
+    launcher: list[str] | None = None,
+    what: str = "",
+    **how: Any,
+) -> Any:
+    """Call a benchmark's function in a process of its own, or on so many ranks. Returns what it
+    returns, of ranks the list of what each returns; or a string with the reason where it failed.
+
+    arguments: numbers, text, lists and tables. launcher: the command that runs this file, in place
+    of `launch`'s. what: names the call in the message with which a failure ends the benchmark then.
+    how: see `run`.
+    """
+    started = launch(ranks, __file__, python) if ranks else [python, __file__]
+    script = Path(str(sys.modules[function.__module__].__file__)).stem
+    asked = [script, function.__name__, json.dumps(arguments)]
+    found = run([*(launcher or started), *asked], **how)
+    if what and isinstance(found, str):
+        raise SystemExit(f"{what}: {found}")
+    return found
+
+
+def answer(script: str, function: str, arguments: str) -> None:
+    """Do in a process that `child` has started what it asks for, and print the result as JSON: rank
+    0 prints that of all ranks, and they end without the interpreter's shutdown.
+    """
+    import torch.distributed as dist
+
+    found = getattr(import_module(script), function)(*json.loads(arguments))
+    if not dist.is_initialized():
+        print(json.dumps(found))
+        return
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    if dist.get_rank() == 0:
+        print(json.dumps(everyone), flush=True)
+    dist.barrier()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def run(
     command: list[str],
     *,
-    threads: int,
     minutes: float,
+    threads: int = 1,
     memory: int | None = None,
     env: dict | None = None,
 ) -> Any:
@@ -253,12 +281,8 @@ def run(
         if memory is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
 
-    environment = {
-        **os.environ,
-        **(env or {}),
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONPATH": str(ROOT),
-    }
+    own = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **(env or {}), **own}
     pipe = subprocess.PIPE
     child = subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, preexec_fn=limit
@@ -279,3 +303,7 @@ def run(
     lines = errors.strip().splitlines() or [f"exit {child.returncode}"]
     named = [line for line in lines if re.search(r"(Error|Exception): \S", line)]
     return lines[-1] if re.search("[a-z]", lines[-1]) or not named else named[-1]
+
+
+if __name__ == "__main__":
+    answer(*sys.argv[1:])

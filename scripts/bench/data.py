@@ -165,18 +165,14 @@ def long_documents(tokenizer: Any, text: str, repeats: int) -> None:
             each = 1e6 * seconds / tokens
             print(
                 f"one {kind} of {tokens:>9,} tokens {seconds:7.2f} s of a core {each:6.2f} us a "
-                "token",
-                flush=True,
+                "token"
             )
 
 
 def show(what: str, tokens_per_second: float, consumed: float) -> None:
     times = tokens_per_second / consumed
     met = "" if times >= TARGET else f"  below {TARGET}"
-    print(
-        f"{what:<52} {tokens_per_second:>14,.0f} tokens/s {times:>9,.0f} x quickstart{met}",
-        flush=True,
-    )
+    print(f"{what:<52} {tokens_per_second:>14,.0f} tokens/s {times:>9,.0f} x quickstart{met}")
 
 
 def main() -> None:
@@ -190,7 +186,7 @@ def main() -> None:
     from titan_ulysses.data.tokenizer import load_tokenizer
 
     consumed = quickstart(args.steps)
-    print(f"quickstart, two ranks: {consumed:,.0f} tokens/s", flush=True)
+    print(f"quickstart, two ranks: {consumed:,.0f} tokens/s")
     files = find_files(expand_path("{stdlib}"), extensions=[".py"])
     texts = [file.read_text(encoding="utf-8", errors="replace") for file in files.values()]
     trained = bpe(texts[::10])

@@ -15,16 +15,14 @@ on fake tensors.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from common import CACHING, launch, parser_of, run
+from common import CACHING, child, parser_of
 
 HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS = 64, 16, 4
 TARGETS = {"redistribute": 5.0, "four all-to-alls": 1.1, "four, KV heads repeated": 1.3}
@@ -162,12 +160,12 @@ def closed_form(plan, rank: int, tokens: int, itemsize: int) -> list[tuple[int, 
     return [there, back[::-1], back, there[::-1]]
 
 
-# ---------------------------------------------------------------- the roles of child processes
+# ---------------------------------------------------------------- in child processes
 
 
-def measure(seq_lens: list[int], rows: int, repeats: int) -> None:
-    """Measure on one of several gloo ranks. Rank 0 prints, for each S, the seconds of each
-    contender in each turn, and its own counts.
+def measure(seq_lens: list[int], rows: int, repeats: int) -> list[dict[str, Any]]:
+    """Measure on one of several gloo ranks. Returns, for each S, the seconds of each contender in
+    each turn, and the rank's counts.
     """
     import torch
     import torch.distributed as dist
@@ -201,13 +199,11 @@ def measure(seq_lens: list[int], rows: int, repeats: int) -> None:
                 dist.barrier()
                 seconds[name].append(time.perf_counter() - started)
         found.append({"seconds": seconds, "calls": calls})
-    if rank == 0:
-        print(json.dumps(found))
-    dist.destroy_process_group()
+    return found
 
 
-def count(heads: tuple[int, int], degrees: list[int], tokens: int) -> None:
-    """Print for each P the counts of the rank with the most heads, from the real code on fake
+def count(heads: tuple[int, int], degrees: list[int], tokens: int) -> list[dict[str, Any]]:
+    """Return for each P the counts of the rank with the most heads, from the real code on fake
     tensors in a fake process group.
     """
     import torch.distributed as dist
@@ -229,41 +225,31 @@ def count(heads: tuple[int, int], degrees: list[int], tokens: int) -> None:
         assert calls == closed_form(plan, rank, tokens, 4), (degree, calls)
         found.append({"kv_heads_received": sum(map(len, plan.key_value)), "calls": calls})
         dist.destroy_process_group()
-    print(json.dumps(found))
+    return found
 
 
 # ---------------------------------------------------------------- the report
 
 
 def show_times(ranks: int, seq_lens: list[int], rows: int, repeats: int, minutes: float) -> None:
-    options = ["--role", "measure", "--rows", str(rows), "--repeats", str(repeats)]
-    command = [*launch(ranks, __file__), *options, "--seq-lens", *map(str, seq_lens)]
-    found = run(command, threads=1, minutes=minutes, env=CACHING)
-    if isinstance(found, str):
-        print(f"{ranks} ranks: {found}", flush=True)
+    how = {"ranks": ranks, "minutes": minutes, "env": CACHING}
+    everyone = child(measure, seq_lens, rows, repeats, **how)
+    if isinstance(everyone, str):
+        print(f"{ranks} ranks: {everyone}")
         return
+    found = everyone[0]
     heads = f"{NUM_HEADS}/{NUM_KV_HEADS} heads"
     print(f"\n{ranks} gloo ranks, {heads}, fp32, B = {rows}, one thread each, median of {repeats}")
-    print(
-        f"{'S':>8}  {'exchange':>10}  "
-        + "  ".join(f"{f'x {name} (>= {t})':>34}" for name, t in TARGETS.items())
-    )
+    wanted = "  ".join(f"{f'x {name} (>= {t})':>34}" for name, t in TARGETS.items())
+    print(f"{'S':>8}  {'exchange':>10}  {wanted}")
     for seq_len, one in zip(seq_lens, found, strict=True):
         ours = one["seconds"]["exchange"]
-        ratios = [
-            statistics.median(
-                other / own for own, other in zip(ours, one["seconds"][name], strict=True)
-            )
-            for name in TARGETS
-        ]
-        print(
-            f"{seq_len:>8,}  {1e3 * statistics.median(ours):>7.1f} ms  "
-            + "  ".join(f"{r:>34.2f}" for r in ratios),
-            flush=True,
-        )
-    show_calls(
-        [(ranks, seq_len, one["calls"]) for seq_len, one in zip(seq_lens, found, strict=True)]
-    )
+        ratios = []
+        for name in TARGETS:
+            turns = zip(ours, one["seconds"][name], strict=True)
+            ratios.append(f"{statistics.median(other / own for own, other in turns):>34.2f}")
+        print(f"{seq_len:>8,}  {1e3 * statistics.median(ours):>7.1f} ms  {'  '.join(ratios)}")
+    show_calls([(ranks, s, one["calls"]) for s, one in zip(seq_lens, found, strict=True)])
 
 
 def show_calls(rows: list[tuple[int, int, list]]) -> None:
@@ -275,40 +261,25 @@ def show_calls(rows: list[tuple[int, int, list]]) -> None:
         parts = "  ".join(
             f"{sent / 2**20:8.2f} + {received / 2**20:<8.2f}" for sent, received in calls
         )
-        print(
-            f"{degree:>8,} {seq_len:>12,}  {parts}  largest {max(map(sum, calls)) / 2**20:.2f}",
-            flush=True,
-        )
+        largest = max(map(sum, calls)) / 2**20
+        print(f"{degree:>8,} {seq_len:>12,}  {parts}  largest {largest:.2f}")
 
 
 def show_counts(heads: tuple[int, int], largest: int, tokens: int) -> None:
     degrees = [2**i for i in range(1, largest.bit_length())]
-    options = ["--role", "count", "--tokens", str(tokens), "--heads", *map(str, heads)]
-    command = [sys.executable, __file__, *options, "--ranks", *map(str, degrees)]
-    found = run(command, threads=1, minutes=20)
+    found = child(count, heads, degrees, tokens, minutes=20)
     if isinstance(found, str):
-        print(f"counts: {found}", flush=True)
+        print(f"counts: {found}")
         return
     print(
         f"\ncounted under fake tensors: {heads[0]}/{heads[1]} heads, T = {tokens:,}, the rank with "
         "the most heads"
     )
-    show_calls(
-        [
-            (degree, degree * tokens, one["calls"])
-            for degree, one in zip(degrees, found, strict=True)
-        ]
-    )
-    peaks = [
-        max(map(sum, one["calls"]))
-        for degree, one in zip(degrees, found, strict=True)
-        if degree <= heads[1]
-    ]
-    spread = max(peaks) / min(peaks) - 1
-    print(
-        f"while P <= {heads[1]}: constant within {100 * spread:.2f} %; beyond, as the closed form "
-        "says"
-    )
+    rows = [(p, p * tokens, one["calls"]) for p, one in zip(degrees, found, strict=True)]
+    show_calls(rows)
+    peaks = [max(map(sum, calls)) for degree, _, calls in rows if degree <= heads[1]]
+    spread = f"{100 * (max(peaks) / min(peaks) - 1):.2f} %"
+    print(f"while P <= {heads[1]}: constant within {spread}; beyond, as the closed form says")
 
 
 def main() -> None:
@@ -319,15 +290,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--minutes", type=float, default=20, help="patience a number of ranks")
     parser.add_argument("--tokens", type=int, default=8192, help="S / P of the counts")
-    parser.add_argument(
-        "--heads", type=int, nargs=2, default=[NUM_HEADS, NUM_KV_HEADS], help=argparse.SUPPRESS
-    )
-    parser.add_argument("--role", choices=["measure", "count"], help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.role == "measure":
-        return measure(args.seq_lens, args.rows, args.repeats)
-    if args.role == "count":
-        return count(tuple(args.heads), args.ranks, args.tokens)
     for ranks in args.ranks:
         show_times(ranks, args.seq_lens, args.rows, args.repeats, args.minutes)
     for heads in ((NUM_HEADS, NUM_KV_HEADS), (1024, 64)):

@@ -10,19 +10,16 @@ added at the peak, and CPU seconds. Gradients of the adapters are a part of both
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
 from typing import Any
 
-from common import ALLOCATOR, parser_of, peak_memory, run
+from common import ALLOCATOR, child, parser_of, peak_memory
 
 HIDDEN, INNER, TOKENS, CHOSEN = 512, 256, 512, 8
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
-def contend(experts: int, *, ours: bool) -> dict[str, Any]:
+def contend(experts: int, ours: bool) -> dict[str, Any]:
     """Measure one contender in this process."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
@@ -66,23 +63,16 @@ def contend(experts: int, *, ours: bool) -> dict[str, Any]:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--experts", type=int, nargs="+", default=[16, 32, 64, 128])
-    parser.add_argument("--contender", choices=["ours", "peft"], help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.contender:
-        found = contend(args.experts[0], ours=args.contender == "ours")
-        return print(json.dumps(found))
     for experts in args.experts:
         for name in ("ours", "peft"):
-            command = [sys.executable, __file__, "--experts", str(experts), "--contender", name]
-            found = run(command, threads=1, minutes=5, env=ALLOCATOR)
-            if isinstance(found, str):
-                raise SystemExit(found)
+            how = {"minutes": 5, "env": ALLOCATOR, "what": f"{experts} experts, {name}"}
+            found = child(contend, experts, name == "ours", **how)
             size = {key: found[key] / 2**20 for key in ("experts", "adapters", "added")}
             print(
                 f"{experts:>4} experts of {size['experts']:6.1f} MiB, adapters of "
                 f"{size['adapters']:5.1f} MiB   {name}: {size['added']:6.1f} MiB added, "
-                f"{found['cpu']:.2f} CPU s",
-                flush=True,
+                f"{found['cpu']:.2f} CPU s"
             )
 
 

@@ -41,27 +41,14 @@ def seconds(act: Callable[[], object]) -> tuple[float, float]:
 
 
 RUN_TOML = """
-[job]
-dump_folder = "{folder}/outputs"
-[model]
-tokenizer = "bytes"
-[model.config]
-model_type = "llama"
-vocab_size = 257
-hidden_size = 256
-intermediate_size = 1024
-num_hidden_layers = {layers}
-num_attention_heads = 4
-bos_token_id = 256
-eos_token_id = 256
-[data]
-path = "{folder}/text.txt"
-[training]
-seq_len = 128
-steps = 1
-param_dtype = "float32"
-[checkpoint]
-export = false
+job.dump_folder = "FOLDER/outputs"
+data.path = "FOLDER/text.txt"
+model.tokenizer = "bytes"
+model.config = { model_type = "llama", vocab_size = 257, hidden_size = 256, \
+intermediate_size = 1024, num_hidden_layers = LAYERS, num_attention_heads = 4, \
+bos_token_id = 256, eos_token_id = 256 }
+training = { seq_len = 128, steps = 1, param_dtype = "float32" }
+checkpoint.export = false
 """
 _LAYER_BYTES = 12 * (4 * 256**2 + 3 * 256 * 1024)
 """Of a layer in a checkpoint: its parameters and two moments in fp32."""
@@ -75,7 +62,8 @@ def starts(folder: Path, mib: int, rounds: int) -> dict[str, list[tuple[float, f
 
     (folder / "text.txt").write_text("in the beginning was the word. " * 100)
     layers = max(1, round(mib * 2**20 / _LAYER_BYTES))
-    (folder / "run.toml").write_text(RUN_TOML.format(folder=folder, layers=layers))
+    text = RUN_TOML.replace("FOLDER", str(folder)).replace("LAYERS", str(layers))
+    (folder / "run.toml").write_text(text)
     config = load_config(folder / "run.toml")
     with redirect_stdout(StringIO()):
         Trainer(config).train()

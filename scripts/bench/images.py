@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import ALLOCATOR, parser_of, peak_memory, run
+from common import ALLOCATOR, child, parser_of, peak_memory
 
 _PATCH, _MERGE = 16, 2
 
@@ -102,17 +102,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[10, 1000])
     parser.add_argument("--patches", type=int, default=16_000)
     parser.add_argument("--limit-mib", type=float)
-    parser.add_argument("--only", type=int)
     args = parser.parse_args()
-    if args.only:
-        print(json.dumps(measured(args.only, args.patches)))
-        return
     beyond = []
     for images in args.images:
-        command = [sys.executable, __file__, "--only", str(images), "--patches", str(args.patches)]
-        found = run(command, threads=1, minutes=10, env=ALLOCATOR)
-        if isinstance(found, str):
-            sys.exit(found)
+        how = {"minutes": 10, "env": ALLOCATOR, "what": f"{images} images"}
+        found = child(measured, images, args.patches, **how)
         beyond.append((found["added"] - found["pixels"]) / 2**20)
         print(
             f"{images:6,} images of {found['side']} x {found['side']}: pixels "

@@ -13,14 +13,13 @@ that the choice covers, as unmodified transformers computes it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import batch_of, launch, parser_of, run, sharded_model, tell
+from common import batch_of, child, parser_of, sharded_model
 
 LENGTH, TOKENS, KEYS = 256, 32, 32
 MODEL: dict[str, Any] = {
@@ -66,9 +65,9 @@ def rows_of(seed: int) -> tuple[Any, Any]:
     return ids[:, :-1], labels
 
 
-def stage(source: str, target: str, steps: int, indexer: str, lr: float) -> None:
-    """Train the model of a folder, or one of random weights; print its held-out loss, and write it
-    to another folder.
+def stage(source: str, target: str, steps: int, indexer: str, lr: float) -> float:
+    """Train the model of a folder, or one of random weights; write it to another folder, and return
+    its held-out loss.
     """
     import torch
 
@@ -98,7 +97,7 @@ def stage(source: str, target: str, steps: int, indexer: str, lr: float) -> None
             count = (rows_of(HELD_OUT + index)[1] != -100).sum()
             losses.append(model(**one.inputs(), num_items_in_batch=count).loss.item())
     save_pretrained(model, target)
-    tell(sum(losses) / len(losses))
+    return sum(losses) / len(losses)
 
 
 def recall_of(folder: str) -> list[list[float]]:
@@ -140,22 +139,14 @@ def main() -> None:
     stages = "of dense training, of the warm-up and of the joint stage"
     parser.add_argument("--steps", type=int, nargs=3, default=[1200, 200, 200], help=stages)
     parser.add_argument("--picture", type=Path, help="where recall by position is drawn")
-    parser.add_argument("--stage", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.stage:
-        source, target, steps, indexer, lr = args.stage
-        return stage(source, target, int(steps), indexer, float(lr))
-
     dense, warmup, joint = args.steps
     with tempfile.TemporaryDirectory() as folder:
 
         def train(name: str, source: str, steps: int, indexer: str, lr: float) -> float:
             started = f"{folder}/{source}" if source else ""
-            of_stage = [started, f"{folder}/{name}", str(steps), indexer, str(lr)]
-            found = run([*launch(2, __file__), "--stage", *of_stage], threads=1, minutes=30)
-            if isinstance(found, str):
-                raise SystemExit(f"{name}: {found}")
-            return found[0]
+            given = started, f"{folder}/{name}", steps, indexer, lr
+            return child(stage, *given, ranks=2, minutes=30, what=name)[0]
 
         def sparse(name: str) -> str:
             """Let each query of a model read an eighth of the keys."""
@@ -187,7 +178,7 @@ def main() -> None:
 
 def show(what: str, loss: float, dense: float) -> None:
     share = f"{loss / dense:.3f} of dense attention's"
-    print(f"  {what}: held-out loss {loss:.4f}, {share}", flush=True)
+    print(f"  {what}: held-out loss {loss:.4f}, {share}")
 
 
 def draw(recalls: dict[str, list[list[float]]], path: Path) -> None:

@@ -15,13 +15,12 @@ is returned at once, as the measurement of the peak needs it, part of the time i
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from common import ALLOCATOR, CACHING, launch, parser_of, peak_memory, run, slope
+from common import ALLOCATOR, CACHING, child, parser_of, peak_memory, slope
 
 BLOCK: dict[str, Any] = {
     "vocab_size": 256,
@@ -76,15 +75,15 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def measure(kind: str, tokens: int, chunk: int) -> None:
-    """Print the bytes of the peak, and the norms of output and gradient."""
+def measure(kind: str, tokens: int, chunk: int) -> dict[str, Any]:
+    """Return the bytes of the peak, and the norms of output and gradient."""
     layer, mesh = layer_of(kind, streamed=chunk > 0)
     pass_through(layer, mesh, 1024, chunk)
-    print(json.dumps(pass_through(layer, mesh, tokens, chunk)))
+    return pass_through(layer, mesh, tokens, chunk)
 
 
-def take_times(kind: str, tokens: int, chunk: int) -> None:
-    """Print the CPU seconds of forward and backward, whole and in chunks: medians of three turns,
+def take_times(kind: str, tokens: int, chunk: int) -> dict[str, Any]:
+    """Return the CPU seconds of forward and backward, whole and in chunks: medians of three turns,
     in which one follows the other, or those of the first turn if it is long. The ratio is the
     median of those of the turns.
     """
@@ -99,7 +98,7 @@ def take_times(kind: str, tokens: int, chunk: int) -> None:
         for name in ("forward", "backward")
     }
     found["ratio"] = median(streamed["backward"] / whole["backward"] for whole, streamed in turns)
-    print(json.dumps(found))
+    return found
 
 
 def pass_through(layer: Any, mesh: Any, length: int, chunk: int) -> dict[str, Any]:
@@ -175,45 +174,36 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384])
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a streamed chunk")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--take-times", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if of := args.measure or args.take_times:
-        return (measure if args.measure else take_times)(of[0], int(of[1]), int(of[2]))
-
-    print(f"layers of width {BLOCK['hidden_size']}, fp32, one process, one thread", flush=True)
+    print(f"layers of width {BLOCK['hidden_size']}, fp32, one process, one thread")
     for kind in args.kinds:
-        print(KINDS[kind][0], flush=True)
+        print(KINDS[kind][0])
         peaks: dict[int, list[tuple[float, float]]] = {-1: [], args.chunk: []}
         for tokens in args.tokens:
             for chunk, points in peaks.items():
-                found = child("--measure", kind, tokens, chunk, ALLOCATOR)
+                found = alone(measure, kind, tokens, chunk, ALLOCATOR)
                 points.append((tokens, found["peak"]))
                 norms = " and ".join(f"{x:.6f}" for x in found["norms"])
-                said = (
-                    f"peak {found['peak'] / 2**20:7.1f} MiB, norms of output and gradient {norms}"
-                )
-                print(f"  {tokens:>7,} tokens, {named(chunk):<16} {said}", flush=True)
-            times = child("--take-times", kind, tokens, args.chunk, CACHING)
-            print(f"  {tokens:>7,} tokens, whole and in chunks: {described(times)}", flush=True)
+                said = f"peak {found['peak'] / 2**20:7.1f} MiB, norms of output and gradient"
+                print(f"  {tokens:>7,} tokens, {named(chunk):<16} {said} {norms}")
+            times = alone(take_times, kind, tokens, args.chunk, CACHING)
+            print(f"  {tokens:>7,} tokens, whole and in chunks: {described(times)}")
             whole, streamed = (points[-1][1] for points in peaks.values())
             print(
                 f"  {tokens:>7,} tokens: streamed, {streamed / whole:.2f} times the peak and "
-                f"{times['ratio']:.2f} times the backward",
-                flush=True,
+                f"{times['ratio']:.2f} times the backward"
             )
         for chunk, points in peaks.items():
             if len(points) > 1:
-                print(f"  {named(chunk)}: {slope(points) / 1024:.2f} KiB a token", flush=True)
+                print(f"  {named(chunk)}: {slope(points) / 1024:.2f} KiB a token")
 
 
-def child(what: str, kind: str, tokens: int, chunk: int, allocator: dict[str, str]) -> Any:
-    """Return what a process of this script prints; end with its error where it fails."""
-    command = [*launch(1, __file__), what, kind, str(tokens), str(chunk)]
-    found = run(command, threads=1, minutes=10, env=allocator)
-    if isinstance(found, str):
-        raise SystemExit(f"{kind}, {tokens:,} tokens: {found}")
-    return found
+def alone(
+    function: Callable[..., Any], kind: str, tokens: int, chunk: int, allocator: dict[str, str]
+) -> Any:
+    """Return what a function returns on one rank, in a process of its own."""
+    how = {"ranks": 1, "minutes": 10, "env": allocator, "what": f"{kind}, {tokens:,} tokens"}
+    return child(function, kind, tokens, chunk, **how)[0]
 
 
 def named(chunk: int) -> str:

@@ -20,14 +20,12 @@ wider than its operands, which a CPU lacks: scripts/gpu_check.py measures it.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-from common import ALLOCATOR, parser_of, peak_memory, run
+from common import ALLOCATOR, child, parser_of, peak_memory
 
 CONTENDERS = {
     "ours": "ours",
@@ -56,34 +54,34 @@ def loss_of(contender: str, hidden: Any, weight: Any, labels: Any) -> Any:
     return F.cross_entropy(F.linear(hidden, weight).float(), labels)
 
 
-def contend(args: argparse.Namespace) -> None:
-    """Measure one contender in a child process, and print the result."""
+def contend(
+    contender: str, dtype_name: str, tokens: int, width: int, vocabulary: int
+) -> dict[str, float]:
+    """Measure one contender in a child process."""
     import torch
 
     torch.manual_seed(0)
-    dtype = getattr(torch, args.dtype)
-    hidden = torch.randn(args.tokens, args.hidden, dtype=dtype, requires_grad=True)
-    weight = torch.nn.Parameter(
-        (torch.randn(args.vocabulary, args.hidden) / args.hidden**0.5).to(dtype)
-    )
-    labels = torch.randint(args.vocabulary, (args.tokens,))
+    dtype = getattr(torch, dtype_name)
+    hidden = torch.randn(tokens, width, dtype=dtype, requires_grad=True)
+    weight = torch.nn.Parameter((torch.randn(vocabulary, width) / width**0.5).to(dtype))
+    labels = torch.randint(vocabulary, (tokens,))
 
     def gradient(rows: int) -> Any:
-        loss_of(args.contender, hidden[:rows], weight, labels[:rows]).backward()
+        loss_of(contender, hidden[:rows], weight, labels[:rows]).backward()
         grad, weight.grad, hidden.grad = weight.grad, None, None
         return grad
 
-    gradient(args.tokens // 8)  # warms up
+    gradient(tokens // 8)  # warms up
     with peak_memory() as peaks:
         started, cpu = time.perf_counter(), time.process_time()
-        gradient(args.tokens)
+        gradient(tokens)
         found = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}
     # The gradient's error. Few tokens, because in fp64 the logits take 16 bytes each.
-    few = min(args.tokens, 2048)
+    few = min(tokens, 2048)
     exact_weight = torch.nn.Parameter(weight.detach().double())
     loss_of("ours", hidden[:few].detach().double(), exact_weight, labels[:few]).backward()
     error = (gradient(few).double() - exact_weight.grad).norm() / exact_weight.grad.norm()
-    print(json.dumps(found | {"added": peaks["peak"] - peaks["before"], "error": error.item()}))
+    return found | {"added": peaks["peak"] - peaks["before"], "error": error.item()}
 
 
 def compare_tiles(args: argparse.Namespace) -> None:
@@ -116,14 +114,12 @@ def compare_tiles(args: argparse.Namespace) -> None:
             found.append(time.process_time() - started)
         return statistics.median(found[1:])  # the first one warms up
 
-    print(f"T = {args.tokens:,}, h {args.hidden}, vocabulary {args.vocabulary:,}, one thread")
     for tile in args.tiles:
         whole, added = cpu_seconds(head, tile), cpu_seconds(products, tile, torch.bfloat16)
         cast = cpu_seconds(products, tile, torch.float32)
         print(
             f"tiles of {tile:>5}: head {whole:6.3f} CPU s; the weight's gradient alone {added:6.3f}"
-            f", with operands in fp32 {cast:6.3f}",
-            flush=True,
+            f", with operands in fp32 {cast:6.3f}"
         )
 
 
@@ -134,53 +130,27 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tiles", type=int, nargs="+", help="compare sizes of tiles instead")
-    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.contender:
-        return contend(args)
+    print(f"T = {args.tokens:,}, h {args.hidden}, vocabulary {args.vocabulary:,}, one thread")
     if args.tiles:
         return compare_tiles(args)
-    sizes = [
-        "--tokens",
-        str(args.tokens),
-        "--hidden",
-        str(args.hidden),
-        "--vocabulary",
-        str(args.vocabulary),
-    ]
-    print(
-        f"T = {args.tokens:,}, h {args.hidden}, vocabulary {args.vocabulary:,}, one thread",
-        flush=True,
-    )
+    sizes = args.tokens, args.hidden, args.vocabulary
     for dtype in ("float32", "bfloat16"):
         found: dict[str, list[dict]] = {contender: [] for contender in CONTENDERS}
         for _ in range(args.rounds):
             for contender, results in found.items():
-                command = [
-                    sys.executable,
-                    __file__,
-                    *sizes,
-                    "--contender",
-                    contender,
-                    "--dtype",
-                    dtype,
-                ]
-                result = run(command, threads=1, minutes=5, env=ALLOCATOR)
+                result = child(contend, contender, dtype, *sizes, minutes=5, env=ALLOCATOR)
                 if isinstance(result, str):
-                    print(f"{dtype:<10}{CONTENDERS[contender]:<28} {result}", flush=True)
+                    print(f"{dtype:<10}{CONTENDERS[contender]:<28} {result}")
                 else:
                     results.append(result)
         for contender, results in found.items():
             if results:
-                median = {
-                    key: statistics.median(result[key] for result in results) for key in results[0]
-                }
+                median = {key: statistics.median(one[key] for one in results) for key in results[0]}
                 print(
                     f"{dtype:<10}{CONTENDERS[contender]:<28} {median['seconds']:7.3f} s (CPU "
                     f"{median['cpu']:.3f})   {median['added'] / 2**20:7.0f} MiB   gradient off by "
-                    f"{median['error']:.1e}",
-                    flush=True,
+                    f"{median['error']:.1e}"
                 )
 
 

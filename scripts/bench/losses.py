@@ -16,16 +16,14 @@ once, and the trainer alone, in which TRL computes log-probabilities by chunks o
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from common import ALLOCATOR, parser_of, peak_memory, run, slope
+from common import ALLOCATOR, child, parser_of, peak_memory, slope
 
 HEAD = (
     "cross-entropy",
@@ -44,7 +42,7 @@ TRL = ("TRL SFT", "TRL DPO sigmoid", "TRL DPO, all 15 losses")
 TEACHER, TOP, PAIRS = 128, 16, 4  # the teacher's width, its largest logits, pairs in the batch
 
 
-def head_loss(name: str, tokens: int, args: argparse.Namespace) -> Callable[[], Any]:
+def head_loss(name: str, tokens: int, args: Namespace) -> Callable[[], Any]:
     """Return a function that computes a loss of `tokens` tokens, whose inputs exist already."""
     import torch
     import torch.nn.functional as F
@@ -101,7 +99,7 @@ def head_loss(name: str, tokens: int, args: argparse.Namespace) -> Callable[[], 
     return dpo
 
 
-def trl_loss(name: str, tokens: int, args: argparse.Namespace, folder: str) -> Callable[[], Any]:
+def trl_loss(name: str, tokens: int, args: Namespace, folder: str) -> Callable[[], Any]:
     """Return a function that computes the loss of a trainer's batch of `tokens` tokens."""
     from datasets import Dataset
     from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
@@ -139,32 +137,27 @@ def trl_loss(name: str, tokens: int, args: argparse.Namespace, folder: str) -> C
     return lambda: trainer.compute_loss(trainer.model, batch)
 
 
-def contend(args: argparse.Namespace) -> None:
-    """Measure one loss in a child process, and print the bytes that each number of tokens adds."""
+def contend(name: str, settings: dict[str, Any]) -> list[int]:
+    """Measure one loss in a child process: the bytes that each number of tokens adds. settings: the
+    options of this benchmark, with the tile of this measurement.
+    """
     import torch
 
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     torch.manual_seed(0)
-    added = []
+    args, added = Namespace(**settings), []
     with tempfile.TemporaryDirectory() as folder:
         for tokens in args.tokens:
-            if args.contender in TRL:
-                loss = trl_loss(args.contender, tokens, args, folder)
+            if name in TRL:
+                loss = trl_loss(name, tokens, args, folder)
             else:
-                loss = head_loss(args.contender, tokens, args)
+                loss = head_loss(name, tokens, args)
             loss().backward()  # the first call of a loss function checks it with a few tokens
             with peak_memory() as peaks:
                 loss().backward()
             added.append(peaks["peak"] - peaks["before"])
             del loss
-    print(json.dumps(added))
-
-
-def measure(name: str, tile: int, args: argparse.Namespace) -> list[int] | str:
-    """Return the bytes that are added for each number of tokens, or why there are none."""
-    command = [sys.executable, __file__, "--contender", name, "--tile", str(tile)]
-    command += ["--vocabulary", str(args.vocabulary), "--hidden", str(args.hidden)]
-    return run([*command, "--tokens", *map(str, args.tokens)], threads=1, minutes=5, env=ALLOCATOR)
+    return added
 
 
 def main() -> None:
@@ -174,15 +167,11 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--tile", type=int, default=128, help="tokens in a tile of logits")
     parser.add_argument("--only", nargs="+", choices=[*HEAD, "trl"], default=HEAD)
-    parser.add_argument("--contender", choices=[*HEAD, *TRL], help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.contender:
-        return contend(args)
     lengths = ", ".join(f"{tokens:,}" for tokens in args.tokens)
     print(
         f"T = {lengths}; h {args.hidden} (TRL's model 64), vocabulary {args.vocabulary:,}, tiles "
-        f"of {args.tile} tokens, one thread",
-        flush=True,
+        f"of {args.tile} tokens, one thread"
     )
     names = [name for one in args.only for name in (TRL if one == "trl" else (one,))]
     base = 0.0
@@ -191,9 +180,10 @@ def main() -> None:
         if name in TRL:
             ways["TRL alone"] = 0
         for way, tile in ways.items():
-            found = measure(name, tile, args)
+            settings = vars(args) | {"tile": tile}
+            found = child(contend, name, settings, minutes=5, env=ALLOCATOR)
             if isinstance(found, str):
-                print(f"{name:<30}{way:<10} {found}", flush=True)
+                print(f"{name:<30}{way:<10} {found}")
                 continue
             a_token = slope(zip(args.tokens, found, strict=True))
             peaks = "".join(f"{x / 2**20:9.1f}" for x in found)
@@ -202,7 +192,7 @@ def main() -> None:
                 base = a_token
             elif base and name in HEAD and way == "by tiles":
                 line += f"   {a_token / base:.3f} of the cross-entropy's"
-            print(line, flush=True)
+            print(line)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,15 @@ under an allocator that returns freed memory.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from common import ALLOCATOR, LLAMA, launch, parser_of, peak_memory, run
+from common import ALLOCATOR, LLAMA, child, parser_of, peak_memory
 
 SMALL_LLAMA = LLAMA | {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 352}
 # Latent attention: values have another head size than queries and keys.
@@ -54,10 +54,23 @@ class Case:
 
 
 def case(
-    name: str, ranks: int, settings: str, *, documents=None, resident=False, model=None
+    name: str,
+    ranks: int,
+    tokens: int,
+    settings: str = "",
+    *,
+    degree: int = 1,
+    bf16: bool = False,
+    model: dict[str, Any] | None = None,
+    documents: list[int] | None = None,
+    resident: bool = False,
 ) -> Case:
-    """Build a case. settings: overrides as on the command line, without dashes."""
-    table: dict[str, Any] = {"training": {"param_dtype": "float32"}}
+    """Build a case of sequences of so many tokens, each on `degree` ranks. settings: overrides as
+    on the command line, without dashes. model: what differs from SMALL_LLAMA.
+    """
+    dtype = "bfloat16" if bf16 else "float32"
+    table: dict[str, Any] = {"training": {"seq_len": tokens, "param_dtype": dtype}}
+    table["parallelism"] = {"sequence_parallel_degree": degree}
     for setting in settings.split():
         key, _, value = setting.partition("=")
         section, _, field = key.partition(".")
@@ -66,181 +79,107 @@ def case(
     return Case(name, ranks, SMALL_LLAMA | (model or {}), table, documents, resident)
 
 
+TIED = {"tie_word_embeddings": True}
+TILES = "memory.mlp_tile_tokens=300 memory.loss_tile_tokens=100"
+EVERY_2 = "activation_checkpoint.every=2"
+ON_HOST = "activation_checkpoint.offload=host"
+NO_CHECKPOINTS = "activation_checkpoint.mode=none"
+QLORA = "lora.rank=4 lora.quantize_base=nf4"
+WIDE = {"hidden_size": 256, "intermediate_size": 512}
+
 SMALL = [
-    case(
-        "small, one rank",
-        1,
-        "training.seq_len=4096 memory.mlp_tile_tokens=512 memory.loss_tile_tokens=100",
-    ),
+    case("small, one rank", 1, 4096, "memory.mlp_tile_tokens=512 memory.loss_tile_tokens=100"),
     case(
         "small, P 2, bf16, offload, tied",
-        2,
-        "training.seq_len=4096 training.param_dtype=bfloat16 "
-        "parallelism.sequence_parallel_degree=2 activation_checkpoint.every=2 "
-        "activation_checkpoint.offload=host memory.mlp_tile_tokens=300",
-        model={"tie_word_embeddings": True},
+        *(2, 4096, f"{EVERY_2} {ON_HOST} memory.mlp_tile_tokens=300"),
+        degree=2,
+        bf16=True,
+        model=TIED,
     ),
     case(
         "small, P 2, packed, two batches, no checkpoints",
-        2,
-        "training.seq_len=2048 training.global_batch_size=3 "
-        "parallelism.sequence_parallel_degree=2 activation_checkpoint.mode=none",
+        *(2, 2048, f"training.global_batch_size=3 {NO_CHECKPOINTS}"),
+        degree=2,
         documents=[1000, 24, 1024],
     ),
-    case(
-        "small, P 2, bf16, LoRA",
-        2,
-        "training.seq_len=4096 training.param_dtype=bfloat16 "
-        "parallelism.sequence_parallel_degree=2 memory.mlp_tile_tokens=300 "
-        "memory.loss_tile_tokens=100 lora.rank=4",
-    ),
-    case(
-        "small, P 2, latent attention",
-        2,
-        "training.seq_len=2048 parallelism.sequence_parallel_degree=2",
-        model=LATENT,
-    ),
+    case("small, P 2, bf16, LoRA", 2, 4096, f"{TILES} lora.rank=4", degree=2, bf16=True),
+    case("small, P 2, latent attention", 2, 2048, degree=2, model=LATENT),
     case(
         "small, P 2, streamed",
-        2,
-        "training.seq_len=5120 parallelism.sequence_parallel_degree=2 "
-        "activation_checkpoint.every=2 memory.stream_chunk_tokens=1024 "
-        "memory.mlp_tile_tokens=300 memory.loss_tile_tokens=100",
+        *(2, 5120, f"{EVERY_2} memory.stream_chunk_tokens=1024 {TILES}"),
+        degree=2,
     ),
-    case(
-        "small, P 2, bf16, QLoRA",
-        2,
-        "training.seq_len=512 training.param_dtype=bfloat16 "
-        "parallelism.sequence_parallel_degree=2 lora.rank=4 lora.quantize_base=nf4",
-        model={"hidden_size": 256, "intermediate_size": 512},
-    ),
+    case("small, P 2, bf16, QLoRA", 2, 512, QLORA, degree=2, bf16=True, model=WIDE),
 ]
 
 BIG = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 2}
 QWEN3 = {"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 3}
-GEMMA2 = {
-    "model_type": "gemma2",
-    "head_dim": 16,
-    "sliding_window": 256,
-    "attn_logit_softcapping": 50.0,
-}
+GEMMA2 = {"model_type": "gemma2", "head_dim": 16, "sliding_window": 256}
+GEMMA2 |= {"attn_logit_softcapping": 50.0}
 OLMO2 = {"model_type": "olmo2", "num_hidden_layers": 5}
 WIDE_VOCABULARY = {"vocab_size": 32768, "num_hidden_layers": 2}
 DEEP = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 10, "vocab_size": 8192}
-
 ATTENTION = {"intermediate_size": 64, "head_dim": 64, "num_hidden_layers": 2}
 THREE_HEADS = {"num_attention_heads": 3, "hidden_size": 96, "num_key_value_heads": 1}
+MLP_TILES, LOSS_TILES = "memory.mlp_tile_tokens", "memory.loss_tile_tokens"
+ROWS, HSDP = "training.local_batch_size", "parallelism.data_parallel_replicate_degree=2"
+ROUNDING = "optimizer.stochastic_rounding=true"
 
 CASES = [
     case(
         "attention, P 4, bf16",
-        4,
-        "training.seq_len=16384 training.param_dtype=bfloat16 "
-        "parallelism.sequence_parallel_degree=4 memory.mlp_tile_tokens=256",
+        *(4, 16384, f"{MLP_TILES}=256"),
+        degree=4,
+        bf16=True,
         model=ATTENTION,
     ),
     case(
         "attention, P 2, every 2",
-        2,
-        "training.seq_len=8192 parallelism.sequence_parallel_degree=2 "
-        "activation_checkpoint.every=2 memory.mlp_tile_tokens=256",
+        *(2, 8192, f"{EVERY_2} {MLP_TILES}=256"),
+        degree=2,
         model=QWEN3 | ATTENTION,
     ),
-    case(
-        "MLP, untiled, dp 2",
-        2,
-        "training.seq_len=4096 memory.mlp_tile_tokens=-1",
-        model={"intermediate_size": 1024},
-    ),
-    case(
-        "loss, untiled, dp 2",
-        2,
-        "training.seq_len=4096 memory.loss_tile_tokens=-1",
-        model=WIDE_VOCABULARY,
-    ),
+    case("MLP, untiled, dp 2", 2, 4096, f"{MLP_TILES}=-1", model={"intermediate_size": 1024}),
+    case("loss, untiled, dp 2", 2, 4096, f"{LOSS_TILES}=-1", model=WIDE_VOCABULARY),
     case(
         "loss, tiled, P 2, bf16",
-        2,
-        "training.seq_len=2048 training.param_dtype=bfloat16 "
-        "parallelism.sequence_parallel_degree=2 memory.loss_tile_tokens=512",
-        model=WIDE_VOCABULARY | {"tie_word_embeddings": True},
+        *(2, 2048, f"{LOSS_TILES}=512"),
+        degree=2,
+        bf16=True,
+        model=WIDE_VOCABULARY | TIED,
     ),
-    case("optimizer, deep, short", 1, "training.seq_len=128", model=DEEP),
-    case("optimizer, 4 bits", 1, "training.seq_len=64 optimizer.name=adamw4bit", model=DEEP),
-    case(
-        "optimizer, rounding, P 2",
-        2,
-        "training.seq_len=128 training.param_dtype=bfloat16 optimizer.stochastic_rounding=true "
-        "parallelism.sequence_parallel_degree=2",
-        model=DEEP,
-    ),
-    case(
-        "optimizer, 8 bits, P 2",
-        2,
-        "training.seq_len=128 optimizer.name=adamw8bit parallelism.sequence_parallel_degree=2",
-        model=DEEP,
-    ),
+    case("optimizer, deep, short", 1, 128, model=DEEP),
+    case("optimizer, 4 bits", 1, 64, "optimizer.name=adamw4bit", model=DEEP),
+    case("optimizer, rounding, P 2", 2, 128, ROUNDING, degree=2, bf16=True, model=DEEP),
+    case("optimizer, 8 bits, P 2", 2, 128, "optimizer.name=adamw8bit", degree=2, model=DEEP),
     case(
         "olmo2, dp 2 x P 2, every 3",
-        4,
-        "training.seq_len=4096 parallelism.sequence_parallel_degree=2 "
-        "activation_checkpoint.every=3 memory.mlp_tile_tokens=512",
+        *(4, 4096, f"activation_checkpoint.every=3 {MLP_TILES}=512"),
+        degree=2,
         model=OLMO2,
     ),
-    case(
-        "HSDP 2 x P 2, offload",
-        4,
-        "training.seq_len=4096 training.param_dtype=bfloat16 "
-        "parallelism.data_parallel_replicate_degree=2 parallelism.sequence_parallel_degree=2 "
-        "activation_checkpoint.offload=host",
-    ),
-    case(
-        "gemma2, packed, two rows",
-        1,
-        "training.seq_len=1024 training.local_batch_size=2",
-        model=GEMMA2,
-        documents=[100, 924],
-    ),
+    case("HSDP 2 x P 2, offload", 4, 4096, f"{HSDP} {ON_HOST}", degree=2, bf16=True),
+    case("gemma2, packed, two rows", 1, 1024, f"{ROWS}=2", model=GEMMA2, documents=[100, 924]),
     case(
         "3 heads on 2 ranks, tiles",
-        2,
-        "training.seq_len=6000 parallelism.sequence_parallel_degree=2 memory.mlp_tile_tokens=700",
+        *(2, 6000, f"{MLP_TILES}=700"),
+        degree=2,
         model=ATTENTION | THREE_HEADS,
     ),
     # Short rows, so that memory becomes large while attention takes little time.
-    case(
-        "resident, tiles",
-        1,
-        "training.seq_len=512 training.local_batch_size=192 memory.mlp_tile_tokens=2048",
-        model=BIG,
-        resident=True,
-    ),
-    case(
-        "resident, MLP untiled",
-        1,
-        "training.seq_len=512 training.local_batch_size=72 memory.mlp_tile_tokens=-1",
-        model=BIG,
-        resident=True,
-    ),
+    case("resident, tiles", 1, 512, f"{ROWS}=192 {MLP_TILES}=2048", model=BIG, resident=True),
+    case("resident, MLP untiled", 1, 512, f"{ROWS}=72 {MLP_TILES}=-1", model=BIG, resident=True),
     case(
         "resident, loss untiled",
-        1,
-        "training.seq_len=512 training.local_batch_size=12 memory.loss_tile_tokens=-1",
+        *(1, 512, f"{ROWS}=12 {LOSS_TILES}=-1"),
         model=BIG | {"vocab_size": 32768},
         resident=True,
     ),
-    case(
-        "resident, deep",
-        1,
-        "training.seq_len=64",
-        model=BIG | DEEP | {"hidden_size": 1152},
-        resident=True,
-    ),
+    case("resident, deep", 1, 64, model=BIG | DEEP | {"hidden_size": 1152}, resident=True),
     case(
         "resident, P 2, offload",
-        2,
-        "training.seq_len=1024 training.local_batch_size=136 "
-        "parallelism.sequence_parallel_degree=2 activation_checkpoint.offload=host",
+        *(2, 1024, f"{ROWS}=136 {ON_HOST}"),
+        degree=2,
         model=BIG,
         resident=True,
     ),
@@ -327,20 +266,9 @@ def train(case: Case, *, steps: int, before: Any = None) -> Any:
     return counter.counts
 
 
-def profiled(case: Case) -> dict | None:
-    """Measure on every rank a run of two steps with the profiler. Returns the result on rank 0."""
-    import torch.distributed as dist
-
-    from titan_ulysses.distributed.mesh import init_distributed
-
-    init_distributed()
-    measured = measure(case)
-    return measured if dist.get_rank() == 0 else None
-
-
 def measure(case: Case) -> dict:
-    """Return the highest sum of the allocator's events from the first step on, and the collectives
-    of the second step.
+    """Train two steps with the profiler. Return the highest sum of the allocator's events from the
+    first step on, and the collectives of the second step.
     """
     import torch
 
@@ -412,44 +340,40 @@ def patience_with_gloo() -> Any:
     return Patience()
 
 
-def resident(case: Case) -> dict | None:
-    """Measure on every rank how far the resident set rises above that of the process before it.
-    Returns the result on rank 0.
-    """
-    import torch.distributed as dist
-
-    from titan_ulysses.distributed.mesh import init_distributed
-
-    init_distributed()
-    tiny = {
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "vocab_size": 512,
-        "head_dim": 8,
-    }
+def resident(case: Case) -> dict:
+    """Measure on every rank how far the resident set rises above that of the process before it."""
+    tiny = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
+    tiny["vocab_size"] = 512
     small = {"seq_len": 64 * case.ranks, "param_dtype": case.settings["training"]["param_dtype"]}
     parallelism = {"parallelism": case.settings.get("parallelism", {})}
     # A tiny run first: torch loads some of its parts at their first use.
     train(Case("", case.ranks, case.model | tiny, {"training": small} | parallelism), steps=1)
     with peak_memory() as peaks:
         train(case, steps=2)
-    return {"peak": peaks["peak"] - peaks["before"]} if dist.get_rank() == 0 else None
+    return {"peak": peaks["peak"] - peaks["before"]}
 
 
 # --- the comparison -------------------------------------------------------------------------------
 
 
+def of_case(function: str, name: str) -> dict:
+    """In a process of its own, or on a rank: do what is named to the case that is named."""
+    from titan_ulysses.distributed.mesh import init_distributed
+
+    if function != "planned":
+        init_distributed()
+    return globals()[function](next(one for one in [*SMALL, *CASES] if one.name == name))
+
+
 def compare(case: Case, minutes: float) -> dict:
     """Plan and run one case and print the comparison. Returns the relative errors."""
-    arguments, threads = ["--case", case.name, "--role"], 2 // min(2, case.ranks)
-    plan = run([sys.executable, __file__, *arguments, "planned"], threads=1, minutes=minutes)
-    truth = run(
-        [*launch(case.ranks, __file__), *arguments, "profiled"], threads=threads, minutes=minutes
-    )
-    if isinstance(plan, str) or isinstance(truth, str):
-        print(f"{case.name}: plan {plan}; run {truth}", flush=True)
+    on_ranks = {"ranks": case.ranks, "threads": 2 // min(2, case.ranks), "minutes": minutes}
+    plan = child(of_case, "planned", case.name, minutes=minutes)
+    everyone = child(of_case, "measure", case.name, **on_ranks)
+    if isinstance(plan, str) or isinstance(everyone, str):
+        print(f"{case.name}: plan {plan}; run {everyone}")
         return {"failed": True}
+    truth = everyone[0]
     error = plan["peak"] / truth["peak"] - 1
     same = plan["collectives"] == truth["collectives"]
     line = (
@@ -459,19 +383,14 @@ def compare(case: Case, minutes: float) -> dict:
     )
     found = {"peak": abs(error), "where": plan["where"], "collectives": same}
     if case.resident:
-        whole = run(
-            [*launch(case.ranks, __file__), *arguments, "resident"],
-            threads=threads,
-            minutes=minutes,
-            env=ALLOCATOR,
-        )
+        whole = child(of_case, "resident", case.name, **on_ranks, env=ALLOCATOR)
         if isinstance(whole, str):
-            print(f"{case.name}: resident: {whole}", flush=True)
+            print(f"{case.name}: resident: {whole}")
             return {"failed": True}
-        off = plan["peak"] / whole["peak"] - 1
+        off = plan["peak"] / whole[0]["peak"] - 1
         found["resident"] = abs(off)
-        line += f"  resident {whole['peak'] / 2**20:,.0f} MiB ({off:+.2%})"
-    print(line, flush=True)
+        line += f"  resident {whole[0]['peak'] / 2**20:,.0f} MiB ({off:+.2%})"
+    print(line)
     return found
 
 
@@ -480,29 +399,15 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--small", action="store_true", help="the small cases that the tests run")
     parser.add_argument("--minutes", type=float, default=10, help="patience a run")
-    parser.add_argument(
-        "--role", choices=["planned", "profiled", "resident"], help=argparse.SUPPRESS
-    )
-    parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    everything = {case.name: case for case in [*SMALL, *CASES]}
-    if args.role:
-        said = globals()[args.role](everything[args.case])
-        if said is not None:
-            print(json.dumps(said))
-        return
     chosen = [c for c in (SMALL if args.small else [*SMALL, *CASES]) if args.only in c.name]
     found = [compare(case, args.minutes) for case in chosen]
     done = [one for one in found if "failed" not in one]
     if done:
         worst = max(one["peak"] for one in done)
-        where = {
-            one["where"]: sum(other["where"] == one["where"] for other in done) for one in done
-        }
-        print(
-            f"{len(done)} of {len(found)} cases; worst error of the peak {worst:.2%}; peaks in "
-            f"{where}"
-        )
+        where = dict(Counter(one["where"] for one in done))
+        said = f"{len(done)} of {len(found)} cases; worst error of the peak {worst:.2%}"
+        print(f"{said}; peaks in {where}")
         if whole := [one["resident"] for one in done if "resident" in one]:
             print(f"worst error of the resident set {max(whole):.2%} in {len(whole)} cases")
     if len(done) < len(found) or not all(one["collectives"] for one in done):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import published
@@ -39,13 +39,6 @@ ALST = [32_000, 160_000, 1_100_000, 1_200_000, 2_400_000, 3_700_000, None, None,
 Rows = list[list[str]]
 
 
-class Made(NamedTuple):
-    """What one function makes for a page."""
-
-    rows: Rows
-    sentences: list[str]
-
-
 def planned(config: str, settings: dict[str, Any]) -> Plan:
     return make_plan(set_up(load_config(ROOT / "configs" / f"{config}.toml", settings.items())))
 
@@ -54,43 +47,26 @@ def gib(size: float) -> str:
     return f"{size / GIB:,.0f} GiB" if size >= 100 * GIB else f"{size / GIB:.2f} GiB"
 
 
-def measurements() -> Made:
+def measurements() -> Iterator[list[str]]:
     """The table of published measurements."""
-    rows = []
     for one in published.PUBLISHED:
         for row in published.compare(one, published.plan_of(one)):
             what = published.BY_UNIT[row["unit"]]
-            rows.append(
-                [
-                    f"{row['name']} ({row['source']})",
-                    f"{what.text.format(row['measured'])} {row['unit']}",
-                    what.text.format(row["planned"]),
-                    f"{row['ratio']:.2f}",
-                    row["missing"],
-                ]
-            )
-            print(" | ".join(rows[-1][:4]), flush=True)
-    return Made(rows, [])
+            name, planned = f"{row['name']} ({row['source']})", what.text.format(row["planned"])
+            measured = f"{what.text.format(row['measured'])} {row['unit']}"
+            yield [name, measured, planned, f"{row['ratio']:.2f}", row["missing"]]
 
 
-def ladder() -> Made:
+def ladder() -> Iterator[list[str]]:
     """The ladder: its picture, and what ALST measured beside it."""
     config = load_config(ROOT / "configs" / f"{LLAMA}.toml", (LIKE_ALST | DISK).items())
-    steps, rows = [], []
+    steps = []
     for step, theirs in zip(search.ladder(set_up(config)), ALST, strict=True):
         assert step.plan, f"{step.what}: {step.refused or 'no length fits'}"
         steps.append(step)
-        rows.append(
-            [
-                step.what,
-                f"{theirs:,}" if theirs else "-",
-                f"{step.plan.seq_len:,}",
-                f"{step.plan.seq_len / theirs:.2f}" if theirs else "-",
-                what_ends(step.plan),
-                time_text(step.plan.time.seconds),
-            ]
-        )
-        print(" | ".join(rows[-1]), flush=True)
+        length, seconds = step.plan.seq_len, time_text(step.plan.time.seconds)
+        beside = [f"{theirs:,}", f"{length:,}", f"{length / theirs:.2f}"] if theirs else []
+        yield [step.what, *(beside or ["-", f"{length:,}", "-"]), what_ends(step.plan), seconds]
     plots.ladder(
         steps,
         ROOT / "docs" / "memory_ladder.png",
@@ -98,49 +74,31 @@ def ladder() -> Made:
         of_theirs="ALST, measured (arXiv 2506.13996)",
         title="Llama-3-8B on one node of eight H100-80GB: 1.9 TB of host memory, 30.7 TB of NVMe",
     )
-    longest = {row[0]: (row[2], row[5]) for row in rows}
-    one_by_one = [what for what in longest if what != "+ offload, no tiled MLP"][:5]
-    return Made(
-        rows,
-        [
-            f"docs/million-tokens.md: | {length} | {seconds} |"
-            for length, seconds in map(longest.__getitem__, one_by_one)
-        ],
-    )
 
 
-def hybrids() -> Made:
-    rows = []
+def of_ladder(rows: Rows) -> list[str]:
+    """Return the sentences that quote the ladder, of the steps that docs/million-tokens.md has."""
+    one_by_one = [row for row in rows if row[0] != "+ offload, no tiled MLP"][:5]
+    return [f"docs/million-tokens.md: | {row[2]} | {row[5]} |" for row in one_by_one]
+
+
+def hybrids() -> Iterator[list[str]]:
+    on_host = {"plan.world_size": 8, "parallelism.sequence_parallel_degree": 8}
+    on_host |= {"memory.parameter_offload": True}
     for what, config, gpus, settings in (
         ("Qwen3-Next-80B-A3B", "qwen3_next_80b", 32, {}),
         (
             "Qwen3-Next-80B-A3B, parameters and optimizer on the host",
-            "qwen3_next_80b",
-            8,
-            {
-                "plan.world_size": 8,
-                "parallelism.sequence_parallel_degree": 8,
-                "memory.parameter_offload": True,
-            },
+            *("qwen3_next_80b", 8, on_host),
         ),
         ("OLMo-Hybrid-7B", "olmo_hybrid_7b", 8, {}),
     ):
         plan = planned(config, settings)
-        rows.append(
-            [
-                what,
-                str(gpus),
-                gib(plan.gpu_bytes),
-                f"{plan.host_bytes / GIB:,.0f} GiB",
-                time_text(plan.time.seconds),
-            ]
-        )
-        print(" | ".join(rows[-1]), flush=True)
-    return Made(rows, [])
+        host, seconds = f"{plan.host_bytes / GIB:,.0f} GiB", time_text(plan.time.seconds)
+        yield [what, str(gpus), gib(plan.gpu_bytes), host, seconds]
 
 
-def recipes() -> Made:
-    rows = []
+def recipes() -> Iterator[list[str]]:
     for name, what in (
         ("alst_llama_8b_1gpu", "ALST, Llama-8B, 500K tokens on one H100"),
         ("alst_llama_8b_8gpu", "ALST, Llama-8B, 3.7M tokens on eight"),
@@ -150,76 +108,45 @@ def recipes() -> Made:
     ):
         plan = planned(name, {})
         assert plan.fits, name
-        rows.append(
-            [
-                f"`configs/{name}.toml`",
-                what,
-                f"{plan.gpu_bytes / GIB:.1f} GiB",
-                f"{plan.host_bytes / GIB:,.0f} GiB",
-                f"{plan.time.seconds:,.0f} s",
-            ]
-        )
-        print(" | ".join(rows[-1]), flush=True)
-    return Made(rows, [])
+        memory = [f"{plan.gpu_bytes / GIB:.1f} GiB", f"{plan.host_bytes / GIB:,.0f} GiB"]
+        yield [f"`configs/{name}.toml`", what, *memory, f"{plan.time.seconds:,.0f} s"]
 
 
-MILLION: list[tuple[str, str, dict[str, Any]]] = [
-    ("8 GPUs", LLAMA, STREAMED | {"memory.parameter_offload": True, "training.seq_len": 2**20}),
-    ("8 GPUs", LLAMA, STREAMED | {"memory.parameter_offload": True, "training.seq_len": 2**22}),
-    (
-        "1 GPU",
-        LLAMA,
-        FEW_GPUS
-        | EIGHT_BITS
-        | STREAMED
-        | {
-            "plan.host_memory_gib": 128,
-            "activation_checkpoint.every": 4,
-            "training.seq_len": 2**20,
-        },
-    ),
+ON_HOST = STREAMED | {"memory.parameter_offload": True}
+ONE_GPU = FEW_GPUS | EIGHT_BITS | STREAMED | {"plan.host_memory_gib": 128}
+KEPT = {"activation_checkpoint.keep_attention": "all", "memory.stream_chunk_tokens": 131_072}
+MILLION: list[tuple[str, str, int, dict[str, Any]]] = [
+    ("8 GPUs", LLAMA, 2**20, ON_HOST),
+    ("8 GPUs", LLAMA, 2**22, ON_HOST),
+    ("1 GPU", LLAMA, 2**20, ONE_GPU | {"activation_checkpoint.every": 4}),
     (
         "8 GPUs, Qwen3-8B, all attention kept, hidden states on the GPU, chunks of 131,072",
-        QWEN,
-        {
-            "activation_checkpoint.keep_attention": "all",
-            "memory.stream_chunk_tokens": 131_072,
-            "training.seq_len": 2**20,
-        },
+        *(QWEN, 2**20, KEPT),
     ),
 ]
 
 
-def million() -> Made:
+def million() -> Iterator[list[str]]:
     """Steps of a million tokens and more. The memory is that of FlashAttention 3."""
-    rows, peaks = [], []
-    for what, config, settings in MILLION:
-        plan = planned(config, settings | {"plan.attention_kernel": "fa3"})
-        peaks.append(f"{plan.gpu_bytes / GIB:.2f}")
-        rows.append(
-            [
-                what,
-                f"{plan.seq_len:,}",
-                peaks[-1],
-                f"{plan.host_bytes / GIB:,.0f}",
-                f"{plan.time.seconds:,.0f} s",
-                f"{other_kernels(plan)['fa2']:,.0f} s",
-            ]
-        )
-        print(" | ".join(rows[-1]), flush=True)
-    return Made(
-        rows,
-        [
-            f"README.md: peak of Llama-3-8B on eight H100s is {peaks[0]} GiB at 1M tokens and "
-            f"{peaks[1]} GiB at 4M.",
-            f"docs/benchmarks.md: 1M and 4M tokens on eight GPUs in {peaks[0]} and {peaks[1]} GiB",
-        ],
-    )
+    for what, config, tokens, settings in MILLION:
+        more = {"plan.attention_kernel": "fa3", "training.seq_len": tokens}
+        plan = planned(config, settings | more)
+        memory = [f"{plan.gpu_bytes / GIB:.2f}", f"{plan.host_bytes / GIB:,.0f}"]
+        seconds = [plan.time.seconds, other_kernels(plan)["fa2"]]
+        yield [what, f"{plan.seq_len:,}", *memory, *(f"{one:,.0f} s" for one in seconds)]
 
 
-def hour() -> Made:
+def of_million(rows: Rows) -> list[str]:
+    one, four = rows[0][2], rows[1][2]
+    return [
+        f"README.md: peak of Llama-3-8B on eight H100s is {one} GiB at 1M tokens and {four} GiB at "
+        "4M.",
+        f"docs/benchmarks.md: 1M and 4M tokens on eight GPUs in {one} and {four} GiB",
+    ]
+
+
+def hour() -> Iterator[list[str]]:
     """The longest sequences whose step takes an hour."""
-    rows = []
     for kernel, what in (("fa3", "FlashAttention 3"), ("fa2", "FlashAttention 2")):
         settings = {
             "activation_checkpoint.keep_attention": "all",
@@ -230,16 +157,8 @@ def hour() -> Made:
         config = load_config(ROOT / "configs" / f"{LLAMA}.toml", (settings | STREAMED).items())
         found = search.longest(set_up(config), near=3_400_000, close=0.01)
         assert found
-        rows.append(
-            [
-                what,
-                f"{found.seq_len:,}",
-                time_text(found.time.seconds),
-                f"{found.host_bytes / GIB:,.0f}",
-            ]
-        )
-        print(" | ".join(rows[-1]), flush=True)
-    return Made(rows, [])
+        seconds = time_text(found.time.seconds)
+        yield [what, f"{found.seq_len:,}", seconds, f"{found.host_bytes / GIB:,.0f}"]
 
 
 QWEN_MOE: dict[str, Any] = {
@@ -274,9 +193,8 @@ ON_24_GIB = {
 }
 
 
-def experts() -> Made:
+def experts() -> Iterator[list[str]]:
     """QLoRA of mixtures, attention and experts, on one GPU."""
-    rows = []
     for model, config, gpu, settings in (
         ("gpt-oss-20b", published.GPT_OSS, "H100-80GB", {}),
         ("gpt-oss-20b", published.GPT_OSS, "RTX-4090", {}),
@@ -286,24 +204,17 @@ def experts() -> Made:
         settings = QLORA | settings | {"model.config": config, "plan.gpu": gpu}
         plan = planned(QWEN, settings)
         assert plan.fits, (model, gpu)
-        rows.append(
-            [
-                f"{model}, rank {settings['lora.rank']}",
-                gpu,
-                f"{plan.seq_len:,}",
-                f"{plan.gpu_bytes / GIB:.2f} GiB",
-                f"{search.estimate(plan):,}",
-                time_text(plan.time.seconds),
-            ]
-        )
-        print(" | ".join(rows[-1]), flush=True)
-    return Made(rows, [])
+        what = [f"{model}, rank {settings['lora.rank']}", gpu, f"{plan.seq_len:,}"]
+        fits = [f"{plan.gpu_bytes / GIB:.2f} GiB", f"{search.estimate(plan):,}"]
+        yield [*what, *fits, time_text(plan.time.seconds)]
 
 
 class Table(NamedTuple):
     page: str
     header: str
-    make: Callable[[], Made]
+    make: Callable[[], Iterator[list[str]]]
+    quoted: Callable[[Rows], list[str]] = lambda rows: []
+    """the sentences of pages that quote figures of the rows"""
 
 
 TABLES = {
@@ -313,7 +224,9 @@ TABLES = {
         measurements,
     ),
     "ladder": Table(
-        "docs/planner.md", "| | ALST, measured | planned | ratio | what ends it | a step |", ladder
+        "docs/planner.md",
+        "| | ALST, measured | planned | ratio | what ends it | a step |",
+        *(ladder, of_ladder),
     ),
     "hybrids": Table(
         "docs/planner.md", "| model | GPUs | a GPU | host memory of a node | a step |", hybrids
@@ -322,7 +235,7 @@ TABLES = {
     "million": Table(
         "docs/streaming.md",
         "| | tokens | GPU GiB | host GiB | a step, FlashAttention 3 | a step, FlashAttention 2 |",
-        million,
+        *(million, of_million),
     ),
     "experts": Table(
         "docs/fine-tuning.md", "| model | GPU | tokens | memory | fits | a step |", experts
@@ -352,20 +265,23 @@ def main() -> None:
     known = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {}
     for name in names:
         table, started = TABLES[name], time.perf_counter()
-        print(f"\n{name}: planned (simulated), not measured", flush=True)
-        made = table.make()
-        rows = [line_of(cells) for cells in made.rows]
+        print(f"\n{name}: planned (simulated), not measured")
+        made: Rows = []
+        for cells in table.make():
+            made.append(cells)
+            print(" | ".join(cells))
+        rows = [line_of(cells) for cells in made]
         write_table(table, rows)
         seconds = round(time.perf_counter() - started)
         known[name] = {
             "page": table.page,
             "header": table.header,
             "rows": rows,
-            "sentences": made.sentences,
+            "sentences": table.quoted(made),
             "seconds": seconds,
         }
         OUTPUT.write_text(json.dumps(known, indent=1) + "\n")
-        print(f"{name}: {seconds} s", flush=True)
+        print(f"{name}: {seconds} s")
 
 
 if __name__ == "__main__":

@@ -269,8 +269,7 @@ def main() -> None:
         for row in rows:
             print(
                 f"{row['name']:<50} {row['measured']:9,.1f} {row['planned']:9,.1f} "
-                f"{row['ratio']:5.2f} {time.perf_counter() - started:5.0f} s  {row['unit']}",
-                flush=True,
+                f"{row['ratio']:5.2f} {time.perf_counter() - started:5.0f} s  {row['unit']}"
             )
 
 

@@ -14,7 +14,6 @@ counts are those of this project's step on fake tensors (`estimate_plan`), besid
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -22,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import LLAMA, launch, parser_of, run, tell, training_step
+from common import LLAMA, child, parser_of, training_step
 
 from titan_ulysses.config.load import load_config
 from titan_ulysses.distributed.sequence import chunk_length
@@ -122,8 +121,7 @@ def weak_scaling(config: Path, *, tokens: int, largest: int) -> list[dict[str, A
                 f"{size_text(row['exchanged']):>11} {'' if streamed else size_text(closed):>11} "
                 f"{size_text(row['fsdp']):>11} {size_text(row['gpu_bytes']):>11} "
                 f"{size_text(row['host_bytes']):>11} {time_text(row['step_seconds']):>13}  "
-                f"{row['binds']:<12} {row['planned_in']:.1f} s",
-                flush=True,
+                f"{row['binds']:<12} {row['planned_in']:.1f} s"
             )
     return rows
 
@@ -146,8 +144,7 @@ def mixes(config: Path, *, ranks: list[int], seq_len: int) -> list[dict[str, Any
                 f"{world:>5}  {' x '.join(map(str, row['mesh'])):<28} "
                 f"{time_text(row['step_seconds']):>13} {1 / row['seconds_per_token']:>11,.0f} "
                 f"{size_text(row['gpu_bytes']):>11}  {'yes' if row['fits'] else 'no':<5}  "
-                f"{row['binds']:<10}  {row['network_share']:.1%}",
-                flush=True,
+                f"{row['binds']:<10}  {row['network_share']:.1%}"
             )
     return rows
 
@@ -182,8 +179,7 @@ def waits(config: Path, cases: list[tuple[int, int]]) -> list[dict[str, Any]]:
             rows.append(row | {"share": share, "ahead": ahead})
             print(
                 f"{ranks:>5} {seq_len:>11,} {kernel:<6} {chunks:>6} {time_text(time_.seconds):>13} "
-                f"{time_text(time_.parts['exchange']):>10} {share:>7.2%} {ahead:>7.2%}",
-                flush=True,
+                f"{time_text(time_.parts['exchange']):>10} {share:>7.2%} {ahead:>7.2%}"
             )
     return rows
 
@@ -261,7 +257,7 @@ def measure(seq_len: int, repeats: int) -> list[dict[str, float]]:
     return found
 
 
-def count(seq_len: int, _: int) -> dict[str, tuple[int, int]]:
+def count(seq_len: int) -> dict[str, tuple[int, int]]:
     """On a rank: return what it hands in to collectives in a step, {kind: (calls, bytes)}."""
     from titan_ulysses.distributed.collectives import CollectiveCounter
 
@@ -269,15 +265,6 @@ def count(seq_len: int, _: int) -> dict[str, tuple[int, int]]:
     with CollectiveCounter() as counter:
         step(seq_len)
     return dict(counter.counts)
-
-
-def on_ranks(role: str, *, ranks: int, seq_len: int, repeats: int = 1) -> Any:
-    """Return what rank 0 of `ranks` CPU ranks of one thread each finds."""
-    options = ["--role", role, "--seq-len", str(seq_len), "--repeats", str(repeats)]
-    found = run([*launch(ranks, __file__), *options], threads=1, minutes=10)
-    if isinstance(found, str):
-        raise SystemExit(f"{ranks} ranks: {found}")
-    return found[0]
 
 
 def measured(*, tokens: int, repeats: int) -> list[dict[str, Any]]:
@@ -290,12 +277,9 @@ def measured(*, tokens: int, repeats: int) -> list[dict[str, Any]]:
     print(f"\nmeasured: a small llama, fp32, medians of {repeats} steps, seconds of rank 0")
     print(f"{'':<7} {'P':>2} {'S':>7} {'a step':>8} {'exchange':>9} {'the rest':>9} {'CPU':>7}")
     # One rank at S = tokens is the first row of both.
-    for what, ranks, seq_len in (
-        ("", 1, tokens),
-        ("strong", 2, tokens),
-        ("weak", 2, 2 * tokens),
-    ):
-        steps = on_ranks("measure", ranks=ranks, seq_len=seq_len, repeats=repeats)
+    for what, ranks, seq_len in (("", 1, tokens), ("strong", 2, tokens), ("weak", 2, 2 * tokens)):
+        of_ranks = {"ranks": ranks, "minutes": 10, "what": f"{ranks} ranks"}
+        steps = child(measure, seq_len, repeats, **of_ranks)[0]
         row: dict[str, Any] = {"what": what, "ranks": ranks, "seq_len": seq_len}
         row |= {
             key: statistics.median(step[key] for step in steps)
@@ -304,20 +288,19 @@ def measured(*, tokens: int, repeats: int) -> list[dict[str, Any]]:
         rows.append(row)
         print(
             f"{what:<7} {ranks:>2} {seq_len:>7,} {row['seconds']:>8.2f} {row['exchange']:>9.3f} "
-            f"{row['seconds'] - row['exchange']:>9.2f} {row['cpu']:>7.2f}",
-            flush=True,
+            f"{row['seconds'] - row['exchange']:>9.2f} {row['cpu']:>7.2f}"
         )
     config = hf.load_model_config("", MODEL)
     for ranks in (1, 2, 4):
         short = tokens // 4
-        counted = on_ranks("count", ranks=ranks, seq_len=ranks * short)
+        of_ranks = {"ranks": ranks, "minutes": 10, "what": f"{ranks} ranks"}
+        counted = child(count, ranks * short, **of_ranks)[0]
         handed_in = counted.get("all_to_all", (0, 0))[1]
         closed = exchanged_bytes(config, degree=ranks, tokens=short, itemsize=4)
         rows.append({"what": "bytes", "ranks": ranks, "counted": handed_in, "closed_form": closed})
         print(
             f"P = {ranks}, {short:,} tokens a rank: a rank hands in {handed_in:,} bytes, closed "
-            f"form {closed:,}",
-            flush=True,
+            f"form {closed:,}"
         )
     return rows
 
@@ -336,10 +319,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="draw the mixes here")
     parser.add_argument("--measured-tokens", type=int, default=4096, help="of a rank")
     parser.add_argument("--repeats", type=int, default=3, help="measured steps")
-    parser.add_argument("--role", choices=["measure", "count"], help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.role:
-        tell(globals()[options.role](options.seq_len, options.repeats))
     found: dict[str, Any] = {}
     if options.what == "measured":
         found["measured"] = measured(tokens=options.measured_tokens, repeats=options.repeats)

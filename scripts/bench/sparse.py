@@ -12,13 +12,12 @@ attention alone is found by its growth with the square of the length, from the l
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from common import ALLOCATOR, CACHING, launch, measure, parser_of, run, slope, tell, training_step
+from common import ALLOCATOR, CACHING, child, measure, parser_of, slope, training_step
 
 MODEL: dict[str, Any] = {
     "model_type": "deepseek_v3",
@@ -43,8 +42,8 @@ INDEXER = {"model_type": "deepseek_v32", "index_topk": 256, "index_n_heads": 4}
 MODELS = {"dense": MODEL, "sparse": MODEL | INDEXER | {"index_head_dim": 32}}
 
 
-def step_of(kind: str, tokens: int, chunk: int) -> None:
-    """Print what a step takes, after one of a short sequence."""
+def step_of(kind: str, tokens: int, chunk: int) -> dict[str, Any]:
+    """On a rank: return what a step takes, after one of a short sequence."""
     import torch
 
     from titan_ulysses.ulysses import indexer
@@ -75,7 +74,7 @@ def step_of(kind: str, tokens: int, chunk: int) -> None:
     seconds.clear()
     found = measure(step, [tokens])
     found["memory"] = found["anonymous"] - found["before_anonymous"]
-    tell(found | seconds)
+    return found | seconds
 
 
 def main() -> None:
@@ -83,12 +82,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384, 32768])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a streamed chunk")
-    parser.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.step:
-        return step_of(args.step[0], int(args.step[1]), args.chunk)
-
-    print("one block of width 256, fp32, 256 keys a query, a thread a rank", flush=True)
+    print("one block of width 256, fp32, 256 keys a query, a thread a rank")
     for ranks in args.ranks:
         found = {
             (kind, tokens): one_step(kind, tokens, ranks, args.chunk)
@@ -99,8 +94,7 @@ def main() -> None:
         for (kind, tokens), x in found.items():
             print(
                 f"  {ranks} ranks, {tokens:>7,} tokens, {kind}: attention {x['attention']:.2f} s, "
-                f"indexer {x['indexer']:.2f} s a rank, peak {x['memory'] / 2**20:.1f} MiB",
-                flush=True,
+                f"indexer {x['indexer']:.2f} s a rank, peak {x['memory'] / 2**20:.1f} MiB"
             )
         ratio = f"{first:,} to {last:,} tokens"
         growth = {k: found[k, last]["attention"] / found[k, first]["attention"] for k in MODELS}
@@ -111,8 +105,7 @@ def main() -> None:
             f"{growth['sparse']:.2f} times (sparse); {slopes['dense'] * ranks:.0f} and "
             f"{slopes['sparse'] * ranks:.0f} bytes a token of a rank, "
             f"{slopes['sparse'] / slopes['dense']:.2f} times as many; equal seconds of attention "
-            f"at {last * sparse / dense:,.0f} tokens",
-            flush=True,
+            f"at {last * sparse / dense:,.0f} tokens"
         )
 
 
@@ -120,10 +113,8 @@ def one_step(kind: str, tokens: int, ranks: int, chunk: int) -> dict[str, float]
     """Return seconds and bytes of a rank: the mean of the ranks' seconds, the largest memory."""
     found: dict[str, float] = {}
     for allocator, names in ((ALLOCATOR, ["memory"]), (CACHING, ["attention", "indexer"])):
-        command = [*launch(ranks, __file__), "--chunk", str(chunk), "--step", kind, str(tokens)]
-        of_ranks = run(command, threads=1, minutes=15, env=allocator)
-        if isinstance(of_ranks, str):
-            raise SystemExit(f"{kind}, {tokens:,} tokens: {of_ranks}")
+        how = {"ranks": ranks, "minutes": 15, "env": allocator}
+        of_ranks = child(step_of, kind, tokens, chunk, **how, what=f"{kind}, {tokens:,} tokens")
         for name in names:
             values = [x.get(name, 0.0) for x in of_ranks]
             found[name] = max(values) if name == "memory" else sum(values) / ranks

@@ -11,13 +11,12 @@ memory in use.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 from itertools import count
 from typing import Any
 
-from common import ALLOCATOR, LLAMA, launch, measure, parser_of, run, sequence, tell, training_step
+from common import ALLOCATOR, LLAMA, child, measure, parser_of, sequence, training_step
 
 
 def plain_step():
@@ -45,6 +44,12 @@ def plain_step():
     return step
 
 
+def steps(what: str, seq_len: int, repeats: int) -> dict[str, Any]:
+    """On a rank: measure steps of what is compared, of which the first one warms up."""
+    step = training_step(LLAMA) if what == "sharded" else plain_step()
+    return measure(step, [seq_len] * (1 + repeats))
+
+
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--seq-len", type=int, default=16_384)
@@ -53,43 +58,31 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=5, help="patience a try of the plain process"
     )
-    parser.add_argument("--role", choices=["sharded", "plain"], help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.role:
-        step = training_step(LLAMA) if args.role == "sharded" else plain_step()
-        tell(measure(step, [args.seq_len] * (1 + args.repeats)))  # the first step warms up
-
-    cores = os.cpu_count() or 1
-    print(
-        f"llama, 4 layers, h 256, vocab 32,000, fp32, {cores} cores, median of {args.repeats} "
-        "steps",
-        flush=True,
-    )
+    cores, steps_of = os.cpu_count() or 1, f"median of {args.repeats} steps"
+    print(f"llama, 4 layers, h 256, vocab 32,000, fp32, {cores} cores, {steps_of}")
 
     def show(what: str, seq_len: int, ranks: int, **limits: Any) -> bool:
         """Run the steps and print their time and memory. Return whether they could be run."""
-        command = [*launch(ranks, __file__), "--role", what, "--seq-len", str(seq_len)]
-        command += ["--repeats", str(args.repeats)]
-        found = run(command, threads=max(1, cores // ranks), env=ALLOCATOR, **limits)
+        limits |= {"threads": max(1, cores // ranks), "env": ALLOCATOR}
+        found = child(steps, what, seq_len, args.repeats, ranks=ranks, **limits)
         if isinstance(found, str):
-            print(f"{what:<7} S {seq_len:>7,}  {found}", flush=True)
+            print(f"{what:<7} S {seq_len:>7,}  {found}")
             return False
         for rank, one in enumerate(found):
             print(
                 f"{what:<7} S {seq_len:>7,}  rank {rank}  step "
                 f"{statistics.median(one['seconds'][1:]):7.2f} s  peak {one['peak'] / 2**30:6.2f} "
-                f"GiB  (before the first step {one['before'] / 2**30:.2f})",
-                flush=True,
+                f"GiB  (before the first step {one['before'] / 2**30:.2f})"
             )
         return True
 
     show("sharded", args.seq_len, args.ranks, minutes=20)
     # The longest S of the plain process, within the memory of this machine.
     memory = int(0.9 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    limits = {"minutes": args.minutes, "memory": memory}
     for doubled in count():
-        if not show(
-            "plain", args.seq_len // 4 * 2**doubled, 1, minutes=args.minutes, memory=memory
-        ):
+        if not show("plain", args.seq_len // 4 * 2**doubled, 1, **limits):
             break
     longest = args.seq_len // 4 * 2 ** (doubled - 1)
     if doubled and longest != args.seq_len:

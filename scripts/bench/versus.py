@@ -26,23 +26,12 @@ import json
 import socket
 import statistics
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from common import (
-    ALLOCATOR,
-    CACHING,
-    LLAMA,
-    ROOT,
-    launch,
-    measure,
-    parser_of,
-    run,
-    slope,
-    tell,
-    training_step,
-)
+from common import ALLOCATOR, CACHING, LLAMA, ROOT, child, measure, parser_of, slope, training_step
 
 FOLDER = ROOT / "outputs" / "bench" / "versus"
 SMALL: dict[str, Any] = {**LLAMA, "num_hidden_layers": 2, "vocab_size": 2048}
@@ -97,11 +86,12 @@ OPTIMIZER = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 """The defaults of this library, for the other contenders."""
 
 
-# ---------------------------------------------------------------- the roles of child processes
+# ---------------------------------------------------------------- on the ranks
 
 
-def contend(args: argparse.Namespace) -> None:
-    """Train the steps of one contender on every rank, and print their time, memory and losses."""
+def contend(settings: dict[str, Any]) -> dict[str, Any]:
+    """Train the steps of one contender on every rank: their time, memory and losses."""
+    args = argparse.Namespace(**settings, optimizer=OPTIMIZER)
     if args.contender in OURS:
         options = OURS[args.contender]
         memory = {"loss_tile_tokens": args.loss_tile_tokens} | options.get("memory", {})
@@ -109,10 +99,9 @@ def contend(args: argparse.Namespace) -> None:
     else:
         step = import_module(MODULES[args.contender]).build_step(args)
     try:
-        found = measure(step, args.lengths)
+        return measure(step, args.lengths)
     except NotImplementedError as error:
         raise SystemExit(f"{UNABLE}: {error}") from error
-    tell(found)
 
 
 def save_weights(folder: Path, config: dict) -> None:
@@ -134,14 +123,14 @@ def save_weights(folder: Path, config: dict) -> None:
 
 
 def accelerate_launch(ranks: int, dtype: str, python: str) -> list[str]:
-    """Return the command that runs this script by `accelerate launch`."""
+    """Return the command that runs common.py by `accelerate launch`."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     precision = {"float32": "no", "bfloat16": "bf16"}[dtype]
     command = [python, "-m", "accelerate.commands.launch", "--config_file"]
     command += ["scripts/bench/versus_accelerate.yaml", "--mixed_precision", precision]
     command += ["--num_processes", str(ranks), "--parallelism_config_sp_size", str(ranks)]
-    return [*command, "--main_process_port", str(port), str(Path(__file__).resolve())]
+    return [*command, "--main_process_port", str(port), "scripts/bench/common.py"]
 
 
 class Match:
@@ -161,10 +150,15 @@ class Match:
         return {**MODELS[what], "num_hidden_layers": layers}
 
     def child(
-        self, contender: str, what: str, dtype: str, lengths: list[int], role: str = "contend"
+        self,
+        contender: str,
+        what: str,
+        dtype: str,
+        lengths: list[int],
+        by: Callable[[dict[str, Any]], Any] = contend,
     ) -> Any:
-        """Run one contender. Returns what its ranks found, or a string with the reason where it
-        failed.
+        """Run one contender. Returns what its ranks found (`by`), or a string with the reason where
+        it failed.
         """
         config = self.model(what)
         folder = FOLDER / (what if self.args.layers is None else f"{what}-{self.args.layers}")
@@ -174,16 +168,20 @@ class Match:
         tile_bytes = LOSS_TILE_BYTES[what]
         if contender.startswith("alst") and what == "time":
             tile_bytes = self.args.alst_loss_tile_mib * 2**20
-        tile = tile_bytes // (4 * config["vocab_size"])
+        settings = {
+            "contender": contender,
+            "ranks": self.args.ranks,
+            "folder": str(folder),
+            "dtype": dtype,
+            "loss_tile_tokens": tile_bytes // (4 * config["vocab_size"]),
+            "lengths": lengths,
+        }
+        ranks = 1 if contender == "plain" else self.args.ranks
+        how: dict[str, Any] = {"ranks": ranks, "python": python, "minutes": self.args.minutes}
         if contender == "accelerate":
-            command = accelerate_launch(self.args.ranks, dtype, python)
-        else:
-            command = launch(1 if contender == "plain" else self.args.ranks, __file__, python)
-        command += ["--role", role, "--contender", contender, "--ranks", str(self.args.ranks)]
-        command += ["--folder", str(folder), "--dtype", dtype, "--loss-tile-tokens", str(tile)]
-        command += ["--lengths", *map(str, lengths)]
+            how["launcher"] = accelerate_launch(ranks, dtype, python)
         allocator = CACHING if what == "time" else ALLOCATOR
-        return run(command, threads=1, minutes=self.args.minutes, env={**allocator, **variables})
+        return child(by, settings, **how, env={**allocator, **variables})
 
     def agreement(self) -> list[dict]:
         """Compare losses and gradient norms of a few steps at a small S. Ends the program where
@@ -194,19 +192,18 @@ class Match:
             reference = None
             for contender in self.args.contenders:
                 found = self.child(contender, "agreement", dtype, lengths)
+                name = CONTENDERS[contender]
                 if isinstance(found, str) and UNABLE in found:
-                    print(f"{dtype:<9} {CONTENDERS[contender]:<21} {found}", flush=True)
+                    print(f"{dtype:<9} {name:<21} {found}")
                     continue
                 if isinstance(found, str):
-                    raise SystemExit(f"{CONTENDERS[contender]}, {dtype}: {found}")
+                    raise SystemExit(f"{name}, {dtype}: {found}")
                 losses, norms = found[0]["loss"], found[0]["norm"]
-                rows.append(
-                    {"contender": contender, "dtype": dtype, "losses": losses, "norms": norms}
-                )
+                row = {"contender": contender, "dtype": dtype}
+                rows.append(row | {"losses": losses, "norms": norms})
                 print(
-                    f"{dtype:<9} {CONTENDERS[contender]:<21} loss {losses[0]:.6f} -> "
-                    f"{losses[-1]:.6f}   gradient norm {norms[0]:.5f} -> {norms[-1]:.5f}",
-                    flush=True,
+                    f"{dtype:<9} {name:<21} loss {losses[0]:.6f} -> {losses[-1]:.6f}   gradient "
+                    f"norm {norms[0]:.5f} -> {norms[-1]:.5f}"
                 )
                 reference = reference or (losses, norms)
                 for values, expected, tolerance in zip(
@@ -215,7 +212,7 @@ class Match:
                     for at, allowed in ((0, tolerance), (-1, 10 * tolerance)):
                         if not abs(values[at] - expected[at]) <= allowed * abs(expected[at]):
                             raise SystemExit(
-                                f"{CONTENDERS[contender]} does not train what "
+                                f"{name} does not train what "
                                 f"{CONTENDERS[self.args.contenders[0]]} trains: {values} against "
                                 f"{expected}. There is nothing to compare."
                             )
@@ -242,34 +239,24 @@ class Match:
                 continue
             # Two short steps to warm up. In the second one DeepSpeed traces what it prefetches from
             # then on.
-            found = self.child(
-                contender, "time", dtype, [seq_len // 8] * 2 + [seq_len] * self.args.steps
-            )
+            lengths = [seq_len // 8] * 2 + [seq_len] * self.args.steps
+            found = self.child(contender, "time", dtype, lengths)
             if not isinstance(found, str):
-                sequences = self.args.ranks if contender == "fsdp2" else 1
-                found = {
-                    key: statistics.median(found[0][key][2:]) / sequences
-                    for key in ("seconds", "cpu")
-                }
+                each = self.args.ranks if contender == "fsdp2" else 1
+                found = {x: statistics.median(found[0][x][2:]) / each for x in ("seconds", "cpu")}
             turn[contender] = found
         return turn
 
     def _show_time(self, contender: str, dtype: str, seq_len: int, turns: list[dict]) -> dict:
-        row = {
-            "contender": contender,
-            "dtype": dtype,
-            "seq_len": seq_len,
-            "turns": [t[contender] for t in turns],
-        }
+        row = {"contender": contender, "dtype": dtype, "seq_len": seq_len}
+        row["turns"] = [turn[contender] for turn in turns]
         text = f"{dtype:<9} S {seq_len:>6,}  {CONTENDERS[contender]:<21}"
         good = [turn for turn in turns if not isinstance(turn[contender], str)]
         if not good:
-            print(f"{text} {turns[0][contender]}", flush=True)
+            print(f"{text} {turns[0][contender]}")
             return row
-        row |= {
-            key: statistics.median(turn[contender][key] for turn in good)
-            for key in ("seconds", "cpu")
-        }
+        for key in ("seconds", "cpu"):
+            row[key] = statistics.median(turn[contender][key] for turn in good)
         text += f" {row['seconds']:8.2f} s a sequence (CPU {row['cpu']:.2f})"
         both = [turn for turn in good if not isinstance(turn.get("ours", ""), str)]
         if contender != "ours" and both:
@@ -282,7 +269,7 @@ class Match:
             text += f"   ours takes {row['ratio']:.2f} of it ({spread}; CPU {row['cpu_ratio']:.2f})"
             if contender.startswith("alst") and seq_len <= 16_384:
                 text += f", at most {TARGET} wanted"
-        print(text, flush=True)
+        print(text)
         return row
 
     def memory(self) -> list[dict]:
@@ -300,21 +287,17 @@ class Match:
     def _show_memory(self, row: dict, ours: float | None) -> None:
         text = f"{row['dtype']:<9} {CONTENDERS[row['contender']]:<21}"
         if "units" not in row:
-            print(f"{text} {row['failed']}", flush=True)
+            print(f"{text} {row['failed']}")
             return
-        peaks = "  ".join(
-            f"{statistics.median(each) / 2**20:,.0f}" for each in row["peaks"].values()
-        )
-        text += (
-            f" {row['units']:6.2f} units a rank-token ({min(row['each']):.2f} to "
-            f"{max(row['each']):.2f})"
-        )
-        text += f"   peaks {peaks} MiB"
+        medians = (statistics.median(each) / 2**20 for each in row["peaks"].values())
+        spread = f"{min(row['each']):.2f} to {max(row['each']):.2f}"
+        text += f" {row['units']:6.2f} units a rank-token ({spread})"
+        text += f"   peaks {'  '.join(f'{median:,.0f}' for median in medians)} MiB"
         if ours is not None:
             row["ratio"] = ours / row["units"]
             text += f"   ours takes {row['ratio']:.2f} of it"
             text += f", at most {TARGET} wanted" if row["contender"].startswith("alst") else ""
-        print(text, flush=True)
+        print(text)
 
     def _peaks(self, contender: str, dtype: str) -> dict:
         row: dict[str, Any] = {"contender": contender, "dtype": dtype, "peaks": {}}
@@ -382,21 +365,11 @@ def arguments() -> argparse.Namespace:
         "large are faster",
     )
     parser.add_argument("--minutes", type=float, default=30, help="patience a process")
-    parser.add_argument(
-        "--breakdown",
-        action="store_true",
-        help="only this: the tensors alive at our peak, at S = 8K",
-    )
-    parser.add_argument(
-        "--profile", action="store_true", help="only this: the operators of our step, at S = 8K"
-    )
-    parser.add_argument(
-        "--role", choices=["contend", "breakdown", "profile"], help=argparse.SUPPRESS
-    )
-    for name in ("--contender", "--folder", "--dtype"):
-        parser.add_argument(name, help=argparse.SUPPRESS)
-    parser.add_argument("--loss-tile-tokens", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--lengths", type=int, nargs="+", help=argparse.SUPPRESS)
+    for name, what in {
+        "--breakdown": "the tensors alive at our peak",
+        "--profile": "the operators of our step",
+    }.items():
+        parser.add_argument(name, action="store_true", help=f"only this: {what}, at S = 8K")
     args = parser.parse_args()
     # Ours is first, because the others are compared with it.
     args.contenders = [name for name in CONTENDERS if name in args.contenders]
@@ -405,10 +378,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    if args.role == "contend":
-        args.optimizer = OPTIMIZER
-        return contend(args)
-    if args.role or args.breakdown or args.profile:
+    if args.breakdown or args.profile:
         import versus_peak
 
         return versus_peak.main(args, Match)
@@ -418,16 +388,10 @@ def main() -> None:
 
         return versus_peers.main(args)
     match, table = Match(args), {}
-    print(
-        f"{args.ranks} gloo ranks, one thread each, h {LLAMA['hidden_size']}, 8/4 heads, ffn 896",
-        flush=True,
-    )
+    print(f"{args.ranks} gloo ranks, one thread each, h {LLAMA['hidden_size']}, 8/4 heads, ffn 896")
     for what in args.what:
         config = match.model(what)
-        print(
-            f"\n{what}: {config['num_hidden_layers']} layers, vocab {config['vocab_size']:,}",
-            flush=True,
-        )
+        print(f"\n{what}: {config['num_hidden_layers']} layers, vocab {config['vocab_size']:,}")
         table[what] = getattr(match, what)()
         FOLDER.mkdir(parents=True, exist_ok=True)
         (FOLDER / "versus.json").write_text(json.dumps({"settings": vars(args), **table}, indent=1))

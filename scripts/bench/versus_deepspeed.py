@@ -33,10 +33,7 @@ def environment() -> tuple[str, dict[str, str]]:
     if installed != list(PINS):
         # An environment that has the first of them gets only the others.
         missing = PINS[len(installed) :] if PINS[: len(installed)] == tuple(installed) else PINS
-        print(
-            f"Installing {', '.join(missing)} into {FOLDER.name} (once; a few minutes) ...",
-            flush=True,
-        )
+        print(f"Installing {', '.join(missing)} into {FOLDER.name} (once; a few minutes) ...")
         if missing == PINS:
             _call([sys.executable, "-m", "venv", "--clear", str(FOLDER)], variables)
         pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import LLAMA, batch_of, launch, parser_of, run, sequence, tell
+from common import LLAMA, batch_of, child, parser_of, sequence
 from megatron import tensor_parallelize
 from torch.distributed.tensor.parallel import loss_parallel
 
@@ -120,7 +120,9 @@ def contend(ranks: int, seq_lens: list[int], repeats: int) -> list[dict[str, dic
     import torch.distributed as dist
 
     from titan_ulysses.distributed.collectives import CollectiveCounter
+    from titan_ulysses.distributed.mesh import init_distributed
 
+    init_distributed()
     spec = spec_of(ranks, max(seq_lens))
     steps = {name: step_of(name, spec) for name in CONTENDERS}
     found = []
@@ -143,11 +145,9 @@ def contend(ranks: int, seq_lens: list[int], repeats: int) -> list[dict[str, dic
 
 def on_ranks(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run both on CPU ranks, and compare what was counted with plans."""
-    arguments = ["--repeats", str(options.repeats), "--ranks", str(options.ranks), "--seq-lens"]
-    command = [*launch(options.ranks, __file__), "--contend", *arguments]
-    everyone = run([*command, *map(str, options.seq_lens)], threads=1, minutes=options.minutes)
-    if isinstance(everyone, str):
-        raise SystemExit(f"on {options.ranks} ranks: {everyone}")
+    ranks, given = options.ranks, (options.ranks, options.seq_lens, options.repeats)
+    how = {"ranks": ranks, "minutes": options.minutes, "what": f"on {ranks} ranks"}
+    everyone = child(contend, *given, **how)
     print(f"\n{options.ranks} CPU ranks, one thread each, fp32, medians of {options.repeats} turns")
     rows = []
     for seq_len, of in zip(options.seq_lens, everyone[0], strict=True):
@@ -165,14 +165,11 @@ def on_ranks(options: argparse.Namespace) -> list[dict[str, Any]]:
         if any(abs(a / b - 1) > TOLERANCE for a, b in zip(ours, theirs, strict=True)):
             raise SystemExit(f"(loss, gradient norm) {ours} and {theirs}: nothing to compare.")
         if options.repeats:
-            ratios = [
-                b / a for a, b in zip(*(of[name]["seconds"] for name in CONTENDERS), strict=True)
-            ]
-            print(
-                f"         megatron takes {statistics.median(ratios):.2f} times as long "
-                f"({min(ratios):.2f} to {max(ratios):.2f})",
-                flush=True,
-            )
+            turns = zip(*(of[name]["seconds"] for name in CONTENDERS), strict=True)
+            ratios = [b / a for a, b in turns]
+            spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+            times = f"{statistics.median(ratios):.2f} times as long"
+            print(f"         megatron takes {times} ({spread})")
     return rows
 
 
@@ -183,11 +180,10 @@ def show(row: dict[str, Any]) -> None:
     kinds = ", ".join(f"{kind} {size_text(size)}" for kind, size in row["counted"].items() if size)
     print(
         f"{row['what']:<8} S {row['seq_len']:>7,} {seconds}loss {row['step'][0]:.6f}   sent "
-        f"{counted:,.0f} bytes, planned {plan / counted - 1:+.3%}   {kinds}",
-        flush=True,
+        f"{counted:,.0f} bytes, planned {plan / counted - 1:+.3%}   {kinds}"
     )
     if closed := row.get("closed_form"):
-        print(f"         hidden states in closed form: {closed / counted - 1:+.3%}", flush=True)
+        print(f"         hidden states in closed form: {closed / counted - 1:+.3%}")
 
 
 # --- planned for GPUs -----------------------------------------------------------------------------
@@ -199,32 +195,15 @@ _WHOLE: dict[str, Any] = {
     "memory.loss_tile_tokens": -1,
 }
 _TILED_LOSS = _WHOLE | {"memory.loss_tile_tokens": 2**15}
+_STREAMED = dict.fromkeys(_WHOLE, 0) | {"activation_checkpoint.offload": "none"}
+_ON_HOST = {"activation_checkpoint.offload": "host", "memory.stream_offload": "host"}
 PLANNED: list[tuple[str, str, dict[str, Any]]] = [
     ("megatron", "", _WHOLE),
     ("ulysses", "as published: FSDP, nothing tiled", _WHOLE),
     ("megatron", "loss in tiles of 32,768 tokens", _TILED_LOSS),
     ("ulysses", "loss in tiles of 1 GiB", _WHOLE | {"memory.loss_tile_tokens": 0}),
-    (
-        "ulysses",
-        "tiles and streaming, all on the GPU",
-        {
-            "activation_checkpoint.offload": "none",
-            "memory.stream_chunk_tokens": 0,
-            "memory.mlp_tile_tokens": 0,
-            "memory.loss_tile_tokens": 0,
-        },
-    ),
-    (
-        "ulysses",
-        "+ checkpoints and hidden states on the host",
-        {
-            "activation_checkpoint.offload": "host",
-            "memory.stream_offload": "host",
-            "memory.stream_chunk_tokens": 0,
-            "memory.mlp_tile_tokens": 0,
-            "memory.loss_tile_tokens": 0,
-        },
-    ),
+    ("ulysses", "tiles and streaming, all on the GPU", _STREAMED),
+    ("ulysses", "+ checkpoints and hidden states on the host", _STREAMED | _ON_HOST),
 ]
 """(contender, what it has, its settings). All have activation checkpoints of every block. A rank
 has the logits of a tile for the whole vocabulary in Ulysses, and for its part of it in Megatron.
@@ -246,15 +225,8 @@ def time_of_plan(name: str, plan: Plan) -> Time:
     if name == "ulysses":
         return plan.time
     setup, links, degree = plan.setup, plan.setup.links, plan.setup.degrees.sequence
-    time = step_time(
-        plan.cost,
-        exchanged=0,
-        gathered=0,
-        on_host={},
-        gpu=setup.gpu,
-        links=links,
-        rates=setup.rates,
-    )
+    where: dict[str, Any] = {"gpu": setup.gpu, "links": links, "rates": setup.rates}
+    time = step_time(plan.cost, exchanged=0, gathered=0, on_host={}, **where)
     size = plan.sent("all_gather") * degree + plan.sent("reduce_scatter")
     size += 2 * plan.sent("all_reduce")
     return replace(time, parts=time.parts | {"exchange": links.fsdp_seconds(size, setup.gpu)})
@@ -292,8 +264,7 @@ def on_gpus(options: argparse.Namespace) -> list[dict[str, Any]]:
             f"{name:<8} {what:<44} longest {row['longest']:>11,}   sent "
             f"{size_text(row['sent']):>9}   a step {time_text(seconds.seconds):>11}, of it "
             f"collectives {time_text(seconds.parts['exchange']):>9}   "
-            f"{size_text(at.gpu_bytes)}{'' if at.fits else ' (too much)'}",
-            flush=True,
+            f"{size_text(at.gpu_bytes)}{'' if at.fits else ' (too much)'}"
         )
     return rows
 
@@ -310,13 +281,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=8, help="that are planned")
     parser.add_argument("--kv-heads", type=int, default=0, help="of the planned model; 0: its own")
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    parser.add_argument("--contend", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.contend:
-        from titan_ulysses.distributed.mesh import init_distributed
-
-        init_distributed()
-        tell(contend(options.ranks, options.seq_lens, options.repeats))
     found = {}
     if options.what != "plan":
         found["ranks"] = on_ranks(options)

@@ -7,51 +7,54 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from common import LLAMA, tell, training_step
+from common import LLAMA, training_step
 
 _SHOWN = 0.02
 """Units per token. Entries that cost less are added up in one line."""
 
 
 def main(args: argparse.Namespace, match: type) -> None:
-    if args.role:
-        tell(globals()[args.role](args))
-        return
     start = match(args)
     for dtype in args.dtypes:
         if args.breakdown:
             show_breakdown(start, dtype, args.seq_lens[:2])
         if args.profile:
             seq_len = args.seq_lens[0]
-            found = start.child("ours", "time", dtype, [seq_len] * 2, role="profile")
-            print(
-                f"\n{dtype}, S = {seq_len:,}, one step of rank "
-                f"0\n{found if isinstance(found, str) else found[0]}"
-            )
+            found = start.child("ours", "time", dtype, [seq_len] * 2, by=profile)
+            said = found if isinstance(found, str) else found[0]
+            print(f"\n{dtype}, S = {seq_len:,}, one step of rank 0\n{said}")
 
 
 # ---------------------------------------------------------------- on the ranks
 
 
-def profile(args: argparse.Namespace) -> str:
+def profile(settings: dict[str, Any]) -> str:
     """Return torch.profiler's table of the second step."""
     import torch
 
-    memory = {"loss_tile_tokens": args.loss_tile_tokens}
-    step = training_step(args.folder, dtype=args.dtype, memory=memory)
-    step(args.lengths[0])
+    step, second = warm_step(settings)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        step(args.lengths[1])
+        step(second)
     return profiler.key_averages().table(
         sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60
     )
 
 
-def breakdown(args: argparse.Namespace) -> dict[str, int]:
+def warm_step(settings: dict[str, Any]) -> tuple[Callable[[int], Any], int]:
+    """Return our step after its first one, and the length of the second one."""
+    memory = {"loss_tile_tokens": settings["loss_tile_tokens"]}
+    step = training_step(settings["folder"], dtype=settings["dtype"], memory=memory)
+    first, second = settings["lengths"]
+    step(first)
+    return step, second
+
+
+def breakdown(settings: dict[str, Any]) -> dict[str, int]:
     """Return the bytes that are alive at the peak of the second step, by what made them. Only
     tensors that were made in that step count.
     """
@@ -86,11 +89,8 @@ def breakdown(args: argparse.Namespace) -> dict[str, int]:
                 if isinstance(x, torch.Tensor):
                     storage = x.untyped_storage()
                     if storage._cdata not in taken and storage._cdata not in self.alive:
-                        self.alive[storage._cdata] = (
-                            StorageWeakRef(storage),
-                            storage.nbytes(),
-                            _maker(func),
-                        )
+                        one = StorageWeakRef(storage), storage.nbytes(), _maker(func)
+                        self.alive[storage._cdata] = one
             total = sum(size for _, size, _ in self.alive.values())
             if total > self.highest:
                 self.highest, self.at_peak = total, Counter()
@@ -98,11 +98,9 @@ def breakdown(args: argparse.Namespace) -> dict[str, int]:
                     self.at_peak[maker] += size
             return result
 
-    memory = {"loss_tile_tokens": args.loss_tile_tokens}
-    step = training_step(args.folder, dtype=args.dtype, memory=memory)
-    step(args.lengths[0])
+    step, second = warm_step(settings)
     with Living() as living:
-        step(args.lengths[1])
+        step(second)
     return dict(living.at_peak)
 
 
@@ -137,7 +135,7 @@ def show_breakdown(start: Any, dtype: str, seq_lens: list[int]) -> None:
     """
     if len(seq_lens) < 2:
         raise SystemExit("error: --breakdown compares two sequence lengths: --seq-lens 8192 16384")
-    at = {s: start.child("ours", "memory", dtype, [s] * 2, role="breakdown") for s in seq_lens}
+    at = {s: start.child("ours", "memory", dtype, [s] * 2, by=breakdown) for s in seq_lens}
     if failed := next((found for found in at.values() if isinstance(found, str)), None):
         raise SystemExit(f"error: {dtype}: {failed}")
     short, long = (at[s][0] for s in seq_lens)

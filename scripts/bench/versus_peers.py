@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
     found: dict[str, Any] = {"lines": {name: lines_of(name) for name in WRITTEN}}
     FOLDER.mkdir(parents=True, exist_ok=True)
     for what in args.what:
-        print(f"\n{what}", flush=True)
+        print(f"\n{what}")
         if what == "agreement":
             found[what] = agreement(match)
             able = [row["contender"] for row in found[what] if "losses" in row]
@@ -97,14 +97,14 @@ def compared(name: str, losses: list[float] | str, expected: list[float]) -> dic
     """Return the row of a contender: its losses, or the reason where it has none."""
     label = f"{CONTENDERS.get(name, name):<23}"
     if isinstance(losses, str):
-        print(f"{label} {losses}", flush=True)
+        print(f"{label} {losses}")
         return {"contender": name, "failed": losses, "agrees": UNABLE in losses}
     # Not a number is no agreement either.
     worst = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
     agrees = all(abs(a - b) <= TOLERANCE for a, b in zip(losses, expected, strict=True))
     shown = ", ".join(f"{loss:.6f}" for loss in losses)
     what = "" if agrees else f": MORE THAN {TOLERANCE:g}, it does not train the same"
-    print(f"{label} {shown}   at most {worst:.1e} from one process{what}", flush=True)
+    print(f"{label} {shown}   at most {worst:.1e} from one process{what}")
     return {"contender": name, "losses": losses, "difference": worst, "agrees": agrees}
 
 

@@ -13,13 +13,8 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from titan_ulysses.config.load import nearest_keys
 from titan_ulysses.config.schema import KEYS, SECTIONS, in_words, is_switch, named_values_of
-from titan_ulysses.config.toml import show
-from titan_ulysses.distributed.errors import UserError
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
+from titan_ulysses.config.toml import from_toml, show
+from titan_ulysses.distributed.errors import UsageError
 
 
 class CommandLine(NamedTuple):
@@ -60,11 +55,10 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
                 setting = option[2:]
                 overrides.append((setting, _override_value(setting, value)))
         else:
-            raise UserError(_explain_option(argument), exit_code=2)
+            raise UsageError(_explain_option(argument))
     if not config_path:
-        raise UserError(
-            "--config is missing: say which TOML file to run, as in --config configs/X.toml",
-            exit_code=2,
+        raise UsageError(
+            "--config is missing: say which TOML file to run, as in --config configs/X.toml"
         )
     return CommandLine(Path(config_path), overrides, *flags.values())
 
@@ -78,13 +72,10 @@ def _explain_option(argument: str) -> str:
             "without spaces"
         )
     name = argument.lstrip("-").partition("=")[0]
-    near = get_close_matches(
-        name, ["config", "print-config", "plan", "evaluate", "help", *KEYS], n=1
-    )
-    near = near or nearest_keys("", name).split()[:1]
-    return f"{argument}: no such option; " + (
-        f"did you mean --{near[0]}?" if near else "see --help"
-    )
+    known = ["config", "print-config", "plan", "evaluate", "help", *KEYS]
+    near = get_close_matches(name, known, n=1) or nearest_keys("", name).split()[:1]
+    remedy = f"did you mean --{near[0]}?" if near else "see --help"
+    return f"{argument}: no such option; {remedy}"
 
 
 def _override_value(setting: str, text: str | None) -> Any:
@@ -98,16 +89,15 @@ def _override_value(setting: str, text: str | None) -> Any:
     if text is None:
         if setting not in KEYS or is_switch(setting):
             return True
-        raise UserError(
-            f"--{setting}: needs a value, as in --{setting} {show(KEYS[setting].default)}",
-            exit_code=2,
+        raise UsageError(
+            f"--{setting}: needs a value, as in --{setting} {show(KEYS[setting].default)}"
         )
     if kind is str or get_origin(kind) is Literal:
         return text
     try:
         value = _parse_value(text)
     except RecursionError:
-        raise UserError(f"--{setting}: its value is nested too deep", exit_code=2) from None
+        raise UsageError(f"--{setting}: its value is nested too deep") from None
     return [value] if get_origin(kind) in (list, tuple) and not isinstance(value, list) else value
 
 
@@ -116,7 +106,7 @@ def _parse_value(text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
-        parsed = tomllib.loads(f"value = {text}")
+        parsed = from_toml(f"value = {text}")
         if parsed.keys() == {"value"}:
             return parsed["value"]
     except ValueError:

@@ -64,34 +64,27 @@ def _printable(name: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class NamedValues:
-    """Names that may be written for special values of a setting, for example "auto" for -1."""
+    """Names that may be written for values of a setting, for example "auto" for -1."""
 
-    numbers: dict[str, int]
-
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> core_schema.CoreSchema:
-        return core_schema.no_info_before_validator_function(self._number, handler(source))
-
-    def _number(self, value: Any) -> Any:
-        return self.numbers.get(value, value) if isinstance(value, str) else value
-
-
-@dataclass(frozen=True, eq=False)
-class Switch:
-    """Lets a setting of words also be `true`, for the word `on`, or `false`, for `off`."""
-
-    on: str
-    off: str = "off"
+    values: dict[str, Any]
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> core_schema.CoreSchema:
-        return core_schema.no_info_before_validator_function(self._word, handler(source))
+        return core_schema.no_info_before_validator_function(self.value_of, handler(source))
 
-    def _word(self, value: Any) -> Any:
-        switched = {"true": self.on, "false": self.off}
-        return switched.get(str(value).lower(), value)
+    def value_of(self, given: Any) -> Any:
+        return self.values.get(given, given) if isinstance(given, str) else given
+
+
+class Switch(NamedValues):
+    """Lets a setting of words also be `true`, for the word `on`, or `false`, for "off"."""
+
+    def __init__(self, on: str) -> None:
+        super().__init__({"true": on, "false": "off"})
+
+    def value_of(self, given: Any) -> Any:
+        return self.values.get(str(given).lower(), given)
 
 
 class Needs:

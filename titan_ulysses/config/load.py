@@ -17,13 +17,8 @@ from pydantic import ValidationError
 from titan_ulysses.config.fields import expand_path
 from titan_ulysses.config.rules import problems_of
 from titan_ulysses.config.schema import KEYS, SECTIONS, Config, in_words, named_values_of
-from titan_ulysses.config.toml import excess, show, table_to_toml
-from titan_ulysses.distributed.errors import UserError
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
+from titan_ulysses.config.toml import excess, from_toml, show, table_to_toml
+from titan_ulysses.distributed.errors import UsageError
 
 
 def load_config(path: str | os.PathLike[str], overrides: Iterable[tuple[str, Any]] = ()) -> Config:
@@ -44,13 +39,13 @@ def config_of(settings: dict[str, Any], overrides: Iterable[tuple[str, Any]] = (
     for setting, value in overrides:
         _override(settings, setting, value)
     if problem := excess(settings):
-        raise UserError(problem, exit_code=2)
+        raise UsageError(problem)
     try:
         config = Config.model_validate(settings)
     except ValidationError as error:
-        raise UserError("\n".join(explained(error)), exit_code=2) from None
+        raise UsageError("\n".join(explained(error))) from None
     if problems := problems_of(config):
-        raise UserError("\n".join(problems), exit_code=2)
+        raise UsageError("\n".join(problems))
     return config
 
 
@@ -75,47 +70,41 @@ def _read_toml(path: Path, *, chain: tuple[Path, ...]) -> dict[str, Any]:
     try:
         path = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a circle of links, NUL
-        raise UserError(
-            f"{str(path)!r}: is not a path ({error}); correct the path in {named_by}", exit_code=2
+        raise UsageError(
+            f"{str(path)!r}: is not a path ({error}); correct the path in {named_by}"
         ) from None
     if path in chain:
         circle = " -> ".join(str(p) for p in (*chain[chain.index(path) :], path))
-        raise UserError(f"extends forms a cycle: {circle}; remove one of these lines", exit_code=2)
+        raise UsageError(f"extends forms a cycle: {circle}; remove one of these lines")
     try:
-        settings = tomllib.loads(path.read_bytes().decode())
+        settings = from_toml(path.read_bytes().decode())
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; correct the path in {named_by}", exit_code=2
-        ) from None
+        raise UsageError(f"{path}: no such file; correct the path in {named_by}") from None
     except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror}; {named_by} needs a readable file", exit_code=2
-        ) from None
+        raise UsageError(f"{path}: {error.strerror}; {named_by} needs a readable file") from None
     except ValueError as error:  # broken TOML (the message has line and column), or not UTF-8
-        raise UserError(f"{path}: not valid TOML: {error}", exit_code=2) from None
+        raise UsageError(f"{path}: not valid TOML: {error}") from None
     except RecursionError:
-        raise UserError(f"{path}: its tables or lists are nested too deep", exit_code=2) from None
+        raise UsageError(f"{path}: its tables or lists are nested too deep") from None
     if problem := excess(settings):
-        raise UserError(f"{path}: {problem}", exit_code=2)
+        raise UsageError(f"{path}: {problem}")
     base = settings.pop("extends", None)
     if base is None:
         return settings
     if not isinstance(base, str):
-        raise UserError(
-            f'{path}: extends = {show(base)}: needs one file, as in extends = "base.toml"',
-            exit_code=2,
+        raise UsageError(
+            f'{path}: extends = {show(base)}: needs one file, as in extends = "base.toml"'
         )
     return _merge(_read_toml(path.parent / expand_path(base), chain=(*chain, path)), settings)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Merge tables key by key; any other value in `above` replaces the value in `below`."""
-    both = {
-        key
-        for key in below.keys() & above.keys()
-        if isinstance(below[key], dict) and isinstance(above[key], dict)
-    }
-    return {**below, **above, **{key: _merge(below[key], above[key]) for key in both}}
+    merged = below | above
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            merged[key] = _merge(below[key], above[key])
+    return merged
 
 
 def _override(settings: dict[str, Any], setting: str, value: Any) -> None:
@@ -124,9 +113,8 @@ def _override(settings: dict[str, Any], setting: str, value: Any) -> None:
         settings = settings.setdefault(name, {})
         if not isinstance(settings, dict):
             table = ".".join(tables[:depth])
-            raise UserError(
-                f"{setting}: {table} = {show(settings)} has no keys; set {table} itself",
-                exit_code=2,
+            raise UsageError(
+                f"{setting}: {table} = {show(settings)} has no keys; set {table} itself"
             )
     settings[key] = value
 
@@ -166,11 +154,8 @@ def _explain(error: Any) -> str:
     if kind == "extra_forbidden":
         return _explain_unknown(location, error["input"])
     setting = _setting(location)
-    reason = (
-        _BOUNDS.get(kind)
-        or _TYPES.get(kind.split("_")[0])
-        or error["msg"].replace("{", "{{").replace("}", "}}")
-    )
+    reason = _BOUNDS.get(kind) or _TYPES.get(kind.split("_")[0])
+    reason = reason or error["msg"].replace("{", "{{").replace("}", "}}")
     if kind.startswith("int") and setting in KEYS and (words := named_values_of(setting)):
         reason += f", or {' or '.join(map(show, words))}"
     if kind == "literal_error":
@@ -190,14 +175,11 @@ def _explain_unknown(location: Sequence[str], value: Any) -> str:
         remedy = f"did you mean [{near[0]}]?" if near else f"the sections are {', '.join(SECTIONS)}"
         return f"[{key}]: no such section; {remedy}"
     section = sections[0] if sections else ""
+    remedy = "keys belong in a section"
     if keys := nearest_keys(section, key):
         remedy = f"did you mean {keys}?"
-    else:
-        remedy = (
-            f"[{section}] has {', '.join(SECTIONS[section].model_fields)}"
-            if section
-            else "keys belong in a section"
-        )
+    elif section:
+        remedy = f"[{section}] has {', '.join(SECTIONS[section].model_fields)}"
     return f"{_setting(location)}: no such key; {remedy}"
 
 

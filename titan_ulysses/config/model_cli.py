@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from titan_ulysses.config.cli import parse_command_line
-from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.errors import UsageError
 from titan_ulysses.distributed.hardware import find_gpu, unknown_gpu
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20}
@@ -65,14 +65,12 @@ def parse_gpus(text: str) -> Gpus:
     """
     match = re.fullmatch(r"\s*(?:(\d+)\s*[xX]\s*)?(\d+)\s*[xX]\s*([A-Za-z][\w -]*)", text)
     if not match:
-        raise UserError(
-            f"--gpus {text}: needs a number and a name, as in --gpus 8xH100", exit_code=2
-        )
+        raise UsageError(f"--gpus {text}: needs a number and a name, as in --gpus 8xH100")
     nodes, count, asked = int(match[1] or 1), int(match[2]), match[3]
     if (gpu := find_gpu(asked)) is None:
-        raise UserError(f"--gpus {text}: {asked} is {unknown_gpu(asked)}", exit_code=2)
+        raise UsageError(f"--gpus {text}: {asked} is {unknown_gpu(asked)}")
     if not 1 <= nodes * count <= 2**20:
-        raise UserError(f"--gpus {text}: needs from 1 to {2**20:,} GPUs", exit_code=2)
+        raise UsageError(f"--gpus {text}: needs from 1 to {2**20:,} GPUs")
     return Gpus(nodes * count, gpu.name, count if match[1] else _NODE)
 
 
@@ -88,9 +86,8 @@ def parse_tokens(text: str) -> int:
     if unit > 1:
         tokens = -(-round(tokens) // _ROUND) * _ROUND
     if not match or tokens != int(tokens) or not 1 <= tokens < 2**31:
-        raise UserError(
-            f"--seq-len {text}: needs a number of tokens below 2^31, as in 131072, 500K or 1M",
-            exit_code=2,
+        raise UsageError(
+            f"--seq-len {text}: needs a number of tokens below 2^31, as in 131072, 500K or 1M"
         )
     return int(tokens)
 
@@ -118,15 +115,13 @@ def parse_model_command(argv: Sequence[str], *, writes: bool) -> ModelCommand:
         if not equals and rest and not rest[0].startswith("--"):
             value = rest.pop(0)
         if not value:
-            raise UserError(f"{option}: needs a value; see --help", exit_code=2)
+            raise UsageError(f"{option}: needs a value; see --help")
         own[option[2:]] = value
     name = "init" if writes else "plan"
     if not model:
-        raise UserError(
-            f"{name}: MODEL comes first, as in {name} FOLDER --gpus 8xH100", exit_code=2
-        )
+        raise UsageError(f"{name}: MODEL comes first, as in {name} FOLDER --gpus 8xH100")
     if own["gpus"] is None:
-        raise UserError(f"{name} {model}: --gpus is missing, as in --gpus 8xH100", exit_code=2)
+        raise UsageError(f"{name} {model}: --gpus is missing, as in --gpus 8xH100")
     return ModelCommand(
         model,
         parse_gpus(own["gpus"]),
@@ -140,15 +135,14 @@ def _settings(command: str, arguments: list[str]) -> list[tuple[str, Any]]:
     """Return the settings among the arguments; UserError for anything else."""
     for argument in arguments:
         if argument.partition("=")[0] == "--config":
-            raise UserError(
+            raise UsageError(
                 f"{command}: give either MODEL or --config, not both; a file plans with "
-                f"titan-ulysses plan {argument} FILE",
-                exit_code=2,
+                f"titan-ulysses plan {argument} FILE"
             )
     parsed = parse_command_line(["--config", "none", *arguments])
     if any(key == "training.seq_len" for key, _ in parsed.overrides):
-        raise UserError(f"--training.seq_len: here it is {command} MODEL --seq-len", exit_code=2)
+        raise UsageError(f"--training.seq_len: here it is {command} MODEL --seq-len")
     if parsed.print_config or parsed.plan or parsed.evaluate:
         flag = next(one for one in arguments if "." not in one and one.startswith("--"))
-        raise UserError(f"{flag}: {command} MODEL has no such option; see --help", exit_code=2)
+        raise UsageError(f"{flag}: {command} MODEL has no such option; see --help")
     return parsed.overrides

@@ -26,19 +26,17 @@ def problems_of(config: Config) -> list[str]:
     ]
 
 
-def broken_rules(config: Config) -> list[str]:
-    """Return the message of the first rule that each setting breaks.
+def broken_rules(config: Config) -> Iterator[str]:
+    """Yield the message of the first rule that each setting breaks.
 
     In the text of a rule `{this}` stands for the setting as it is written, `{name}` for its name,
     and `{default}` for its default; `{other}`, `{other_name}`, `{other_value}` and
     `{other_default}` for the same of the setting that it needs or excludes.
     """
-    found = (
-        broken_rule(config, place, table, key)
-        for place, table in tables(config)
-        for key in type(table).model_fields
-    )
-    return [problem for problem in found if problem]
+    for place, table in tables(config):
+        for key in type(table).model_fields:
+            if problem := broken_rule(config, place, table, key):
+                yield problem
 
 
 def broken_rule(config: Any, place: str, table: Section, key: str) -> str | None:
@@ -87,24 +85,15 @@ def tables(config: Config) -> Iterator[tuple[str, Section]]:
 
 
 _OWN_NAMES = (
-    "export",
-    "adapter",
-    "tensorboard",
-    "wandb",
-    "config.toml",
-    "metrics.jsonl",
-    "evaluation.json",
-    "reference.safetensors",
-    "report.html",
-    "plan.json",
-    "plan_memory.png",
+    *("export", "adapter", "tensorboard", "wandb", "config.toml", "metrics.jsonl"),
+    *("evaluation.json", "reference.safetensors", "report.html", "plan.json", "plan_memory.png"),
     "plan_ladder.png",
 )
 """What a run writes into its folder under a name that no setting changes."""
 
 
-def _folder_problems(config: Config) -> list[str]:
-    """Return the problems of names of folders that others of the run's files have, or other runs.
+def _folder_problems(config: Config) -> Iterator[str]:
+    """Yield the problems of names of folders that others of the run's files have, or other runs.
 
     Names are compared without regard to case, as some file systems do.
     """
@@ -114,26 +103,26 @@ def _folder_problems(config: Config) -> list[str]:
         "profiling.save_memory_snapshot_folder": config.profiling.save_memory_snapshot_folder,
     }
     first = {s: name.replace("\\", "/").split("/")[0].casefold() for s, name in inside.items()}
-    problems = [
-        f"{setting} = {to_toml(inside[setting])}: the run needs {name} for something else. "
-        f"Choose another name, such as {to_toml(KEYS[setting].default)}"
-        for setting, name in first.items()
-        if name in _OWN_NAMES or name.startswith(".")
-    ]
+    for setting, name in first.items():
+        if name in _OWN_NAMES or name.startswith("."):
+            yield (
+                f"{setting} = {to_toml(inside[setting])}: the run needs {name} for something else. "
+                f"Choose another name, such as {to_toml(KEYS[setting].default)}"
+            )
     checkpoints, *others = first
-    problems += [
-        f"{checkpoints} = {to_toml(inside[checkpoints])} and {other} = {to_toml(inside[other])}: "
-        "the run removes old checkpoints from the first. Choose folders that are not the same"
-        for other in others
-        if first[checkpoints] == first[other]
-    ]
+    for other in others:
+        if first[checkpoints] == first[other]:
+            yield (
+                f"{checkpoints} = {to_toml(inside[checkpoints])} and {other} = "
+                f"{to_toml(inside[other])}: the run removes old checkpoints from the first. Choose "
+                "folders that are not the same"
+            )
     later = [part.casefold() for part in config.job.name.split("/")[1:]]
     if clash := next((part for part in later if part in {*_OWN_NAMES, *first.values()}), None):
-        problems.append(
+        yield (
             f"job.name = {to_toml(config.job.name)}: another run may need {clash} for something "
             "else. Choose another name"
         )
-    return problems
 
 
 def _trained_sources(config: Config) -> list[tuple[str, SourceSettings]]:
@@ -142,78 +131,70 @@ def _trained_sources(config: Config) -> list[tuple[str, SourceSettings]]:
     return [*mixture] or [("data", config.data)]
 
 
-def _source_problems(config: Config) -> list[str]:
-    """Return the problems of sources with each other and with the held-out data."""
-    data, validation, problems = config.data, config.validation, []
+def _source_problems(config: Config) -> Iterator[str]:
+    """Yield the problems of sources with each other and with the held-out data."""
+    data, validation = config.data, config.validation
     has_own_data = validation.path or validation.split or validation.sets
     for setting, source in {"data": data, **dict(_trained_sources(config))}.items():
         if source.streaming and validation.enable and not has_own_data:
-            problems.append(
+            yield (
                 f"{setting}.streaming = true: no document can be held out of a stream; set "
                 "validation.path or validation.split"
             )
         if setting != "data" and not source.path:
-            problems.append(f"{setting}.path is not set: every entry of data.mixture needs a path")
+            yield f"{setting}.path is not set: every entry of data.mixture needs a path"
     # With separate held-out data, the keys of [data] are in use: they say how it is read.
     if data.mixture and not (validation.enable and has_own_data):
-        problems += [
-            f"data.{key} = {to_toml(value)} with [[data.mixture]]: each entry has its own "
-            f"{key}. Set it there, and data.{key} to its default, "
-            f"{to_toml(SourceSettings.model_fields[key].default)}"
-            for key, value in data.changed().items()
-            if key != "path"
-        ]
-    return problems
+        for key, value in data.changed().items():
+            if key != "path":
+                default = to_toml(SourceSettings.model_fields[key].default)
+                yield (
+                    f"data.{key} = {to_toml(value)} with [[data.mixture]]: each entry has its own "
+                    f"{key}. Set it there, and data.{key} to its default, {default}"
+                )
 
 
-def _teacher_problems(config: Config) -> list[str]:
-    """Return the problems of a teacher: there must be a model, or what one has said, as data."""
-    sources, problems = _trained_sources(config), []
-    if config.loss.name == "distillation" and not config.loss.teacher:
-        problems = [
-            'loss.name = "distillation": loss.teacher is not set. Give the folder of a model, '
-            f"or set {setting}.teacher_top_k to read a teacher's log-probabilities from the data"
-            for setting, source in sources
-            if not source.teacher_top_k
-        ]
+def _teacher_problems(config: Config) -> Iterator[str]:
+    """Yield the problems of a teacher: there must be a model, or what one has said, as data."""
+    sources = _trained_sources(config)
+    for setting, source in sources:
+        is_told = config.loss.teacher or source.teacher_top_k
+        if config.loss.name == "distillation" and not is_told:
+            yield (
+                'loss.name = "distillation": loss.teacher is not set. Give the folder of a model, '
+                f"or set {setting}.teacher_top_k to read a teacher's log-probabilities from the "
+                "data"
+            )
     counts = {source.teacher_top_k for _, source in sources}
     if len(counts) > 1:
-        problems.append(
-            f"data.mixture: teacher_top_k is {' and '.join(map(str, sorted(counts)))}: set it to "
-            "the same in each entry"
-        )
-    return problems
+        said = " and ".join(map(str, sorted(counts)))
+        yield f"data.mixture: teacher_top_k is {said}: set it to the same in each entry"
 
 
-def _set_problems(config: Config) -> list[str]:
-    problems = []
+def _set_problems(config: Config) -> Iterator[str]:
     names = [entry.name for entry in config.validation.sets]
     for number, entry in enumerate(config.validation.sets):
         setting = f"validation.sets[{number}]"
         if not entry.path:
-            problems.append(f"{setting}.path is not set: every validation set needs a path")
+            yield f"{setting}.path is not set: every validation set needs a path"
         if not entry.name or entry.name in names[:number]:
             why = "is another set's too" if entry.name else "is not set"
-            problems.append(f"{setting}.name = {to_toml(entry.name)} {why}: give each set its own")
+            yield f"{setting}.name = {to_toml(entry.name)} {why}: give each set its own"
         if entry.streaming:
-            problems.append(
-                f"{setting}.streaming = true: held-out data is read as a whole. Set it to false"
-            )
-    return problems
+            yield f"{setting}.streaming = true: held-out data is read as a whole. Set it to false"
 
 
-def _best_problems(config: Config) -> list[str]:
-    validation = config.validation
-    metric, problems = validation.metric, []
+def _best_problems(config: Config) -> Iterator[str]:
+    validation, metric = config.validation, config.validation.metric
     metrics = ["loss", *(f"{entry.name}/loss" for entry in validation.sets)]
     if metric not in metrics:
-        problems.append(
+        choices = ", ".join(map(to_toml, metrics))
+        yield (
             f"validation.metric = {to_toml(metric)}: no validation set has it. Choose from "
-            f"{', '.join(map(to_toml, metrics))}"
+            f"{choices}"
         )
     if metric != "loss" and not config.checkpoint.keep_best and not validation.patience:
-        problems.append(
+        yield (
             f"validation.metric = {to_toml(metric)} has no effect: set checkpoint.keep_best or "
             "validation.patience"
         )
-    return problems

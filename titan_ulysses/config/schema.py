@@ -77,28 +77,22 @@ _UNREAD_TEACHER = (
 )
 
 
+def _listed(*words: str) -> str:
+    *others, last = words
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 def _read_from(*kinds: str) -> Needs:
     """Return the rule of a key that only some kinds of source have."""
-    *others, last = kinds
-    readers = f"{', '.join(others)} and {last}" if others else last
-    return Needs(
-        "source",
-        *kinds,
-        text=f"{{this}} with {{other}}: only {readers} read it. Set {{other_name}}, or leave "
-        "{name} out",
-    )
+    text = f"{{this}} with {{other}}: only {_listed(*kinds)} read it. Set {{other_name}}, or leave "
+    return Needs("source", *kinds, text=text + "{name} out")
 
 
 def _read_by(*losses: str) -> Needs:
     """Return the rule of a key that only some losses have."""
-    *others, last = (f'"{loss}"' for loss in losses)
-    readers = f"{', '.join(others)} and {last} read" if others else f"{last} reads"
-    return Needs(
-        "name",
-        *losses,
-        text=f"{{this}} with {{other}}: only {readers} it. Set {{other_name}}, or {{name}} to its "
-        "default, {default}",
-    )
+    readers, reads = _listed(*(f'"{x}"' for x in losses)), "read" if losses[1:] else "reads"
+    text = f"{{this}} with {{other}}: only {readers} {reads} it. Set {{other_name}}, or {{name}} "
+    return Needs("name", *losses, text=text + "to its default, {default}")
 
 
 _VALIDATIONS = "{this} needs validations: set {other_name} = true"
@@ -1047,15 +1041,13 @@ KEYS_OF_A_HOST = frozenset({"activation_checkpoint.offload_folder", "data.cache_
 
 def is_switch(key: str) -> bool:
     """Return whether the setting `section.key` may be given without a value, which means `true`."""
-    return KEYS[key].annotation is bool or any(
-        isinstance(entry, Switch) for entry in KEYS[key].metadata
-    )
+    field = KEYS[key]
+    return field.annotation is bool or any(isinstance(one, Switch) for one in field.metadata)
 
 
 def named_values_of(key: str) -> dict[str, int]:
     """Return the words of the setting `section.key` and the numbers that they stand for."""
-    found = (entry.numbers for entry in KEYS[key].metadata if isinstance(entry, NamedValues))
-    return next(found, {})
+    return next((one.values for one in KEYS[key].metadata if type(one) is NamedValues), {})
 
 
 def in_words(key: str, value: Any) -> Any:

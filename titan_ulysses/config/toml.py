@@ -1,4 +1,4 @@
-"""Conversion of values and tables to TOML text, for files and for messages."""
+"""Conversion of values and tables to TOML text, for files and for messages, and back."""
 
 from __future__ import annotations
 
@@ -7,41 +7,41 @@ import re
 from datetime import date, time
 from typing import Any
 
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
 _DEEPEST = 50
 """Levels of tables and lists: more than any config of a model has, few enough for recursion."""
 _DIGITS = 100
 """Digits of a whole number: Python itself refuses to print more than 4,300."""
 
 
+def from_toml(text: str) -> dict[str, Any]:
+    """Return the tables of a TOML text. `ValueError` with line and column where it is not one."""
+    return tomllib.loads(text)
+
+
 def table_to_toml(header: str, table: dict[Any, Any], brackets: str = "[{}]") -> list[str]:
     """Return the lines of a table and of its subtables; keys with the value None are left out."""
     lines = [brackets.format(header)]
-    nested = {
-        key: value for key, value in table.items() if isinstance(value, dict) or _is_tables(value)
-    }
-    lines += [
-        f"{_toml_key(k)} = {to_toml(v)}"
-        for k, v in table.items()
-        if k not in nested and v is not None
-    ]
-    for key, value in nested.items():
+    nested = []
+    for key, value in table.items():
         below = f"{header}.{_toml_key(key)}"
-        for one in value if isinstance(value, list) else [value]:
-            lines += [
-                "",
-                *table_to_toml(below, one, "[[{}]]" if isinstance(value, list) else "[{}]"),
-            ]
-    return lines
-
-
-def _is_tables(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+        if isinstance(value, dict):
+            nested += ["", *table_to_toml(below, value)]
+        elif isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+            for one in value:
+                nested += ["", *table_to_toml(below, one, "[[{}]]")]
+        elif value is not None:
+            lines.append(f"{_toml_key(key)} = {to_toml(value)}")
+    return lines + nested
 
 
 def _toml_key(key: Any) -> str:
-    return (
-        key if isinstance(key, str) and re.fullmatch(r"[A-Za-z0-9_-]+", key) else to_toml(str(key))
-    )
+    is_bare = isinstance(key, str) and re.fullmatch(r"[A-Za-z0-9_-]+", key)
+    return key if is_bare else to_toml(str(key))
 
 
 def to_toml(value: Any) -> str:
@@ -82,10 +82,8 @@ def excess(table: dict[str, Any]) -> str | None:
         if isinstance(value, int) and abs(value) >= 10**_DIGITS:
             return f"{name}: holds a number of more than {_DIGITS} digits"
         if isinstance(value, dict):
-            deep += [
-                (f"{name}.{key}" if level < 2 else name, item, level + 1)
-                for key, item in value.items()
-            ]
+            for key, item in value.items():
+                deep.append((f"{name}.{key}" if level < 2 else name, item, level + 1))
         elif isinstance(value, list):
             deep += [(name, item, level + 1) for item in value]
     return None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from titan_ulysses.config.schema import PREFERENCES, Config
 from titan_ulysses.config.toml import to_toml
-from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ def check(config: Config, *, world_size: int, model_config: Any, num_token_ids: 
         sequence = max(1, config.parallelism.sequence_parallel_degree)
     else:
         accumulation, problems = _accumulation_steps(config, (replicate, shard, sequence))
-    problems += _training_problems(config, sequence) + _profiling_problems(config)
+    problems += _run_problems(config, sequence)
     problems += _model_problems(config, model_config, num_token_ids)
     if problems:
-        raise UserError("\n".join(problems), exit_code=2)
+        raise UsageError("\n".join(problems))
     batch_size = config.training.local_batch_size
     return MeshDegrees(replicate, shard, sequence, batch_size, accumulation)
 
@@ -83,7 +84,7 @@ def check_frozen(config: Config, frozen: Any, model_config: Any, *, setting: str
             "length, or stretch RoPE in the config.json of that model"
         )
     if problems:
-        raise UserError("\n".join(problems), exit_code=2)
+        raise UsageError("\n".join(problems))
 
 
 def _mesh_degrees(config: Config, world_size: int) -> tuple[tuple[int, int, int], list[str]]:
@@ -136,35 +137,32 @@ def _accumulation_steps(config: Config, degrees: tuple[int, int, int]) -> tuple[
     return accumulation, []
 
 
-def _training_problems(config: Config, sequence: int) -> list[str]:
-    training, problems = config.training, []
-    if training.seq_len % sequence:
-        longer = -(-training.seq_len // sequence) * sequence
-        problems.append(
-            f"training.seq_len = {training.seq_len} is not a multiple of "
+def _run_problems(config: Config, sequence: int) -> Iterator[str]:
+    """Yield the problems of the length with the degree, and of traces with the number of steps."""
+    length = config.training.seq_len
+    if length % sequence:
+        longer = -(-length // sequence) * sequence
+        yield (
+            f"training.seq_len = {length} is not a multiple of "
             f"parallelism.sequence_parallel_degree = {sequence}: set training.seq_len = {longer}"
         )
-    return problems
-
-
-def _profiling_problems(config: Config) -> list[str]:
-    p, steps, problems = config.profiling, config.training.steps, []
-    if p.enable_profiling and p.profile_freq < p.profiler_warmup + p.profiler_active:
-        problems.append(
+    p, steps = config.profiling, config.training.steps
+    least = p.profiler_warmup + p.profiler_active
+    if p.enable_profiling and p.profile_freq < least:
+        yield (
             f"profiling.profile_freq = {p.profile_freq} has no room for "
             f"profiler_warmup({p.profiler_warmup}) + profiler_active({p.profiler_active}) steps: "
-            f"raise it to at least {p.profiler_warmup + p.profiler_active}"
+            f"raise it to at least {least}"
         )
     elif p.enable_profiling and p.profile_freq > steps:
-        problems.append(
+        yield (
             f"profiling.profile_freq = {p.profile_freq} is more than training.steps = {steps}: a "
             "trace is of the last steps of every profile_freq, so there would be none. Set it to "
             f"{steps} or less"
         )
-    return problems
 
 
-def _model_problems(config: Config, model_config: Any, num_token_ids: int) -> list[str]:
+def _model_problems(config: Config, model_config: Any, num_token_ids: int) -> Iterator[str]:
     def value(key: str) -> Any:
         return getattr(model_config, key, None)
 
@@ -175,76 +173,68 @@ def _model_problems(config: Config, model_config: Any, num_token_ids: int) -> li
             else f"{key} in the config.json of {config.model.path}"
         )
 
-    problems = _length_problems(config, model_config, setting("max_position_embeddings"))
+    yield from _length_problems(config, model_config, setting("max_position_embeddings"))
     every, layers = config.activation_checkpoint.every, value("num_hidden_layers")
     if layers is not None and every > layers:
-        problems.append(
+        yield (
             f"activation_checkpoint.every = {every} is more than the model's {layers} layers: set "
             f"it to {layers} or less"
         )
     if config.loss.name in PREFERENCES and value("output_router_logits"):
-        problems.append(
+        yield (
             f'loss.name = "{config.loss.name}" has no router loss: set '
             f"{setting('output_router_logits')} to false"
         )
     vocab_size, dropout = value("vocab_size"), value("attention_dropout")
     heads, kv_heads = value("num_attention_heads"), value("num_key_value_heads")
     if vocab_size is not None and num_token_ids > vocab_size:
-        remedy = (
-            f"model.config.vocab_size = {num_token_ids}"
-            if config.model.config
-            else "model.resize_embeddings = 1"
-        )
-        problems.append(
+        own = f"model.config.vocab_size = {num_token_ids}"
+        remedy = own if config.model.config else "model.resize_embeddings = 1"
+        yield (
             f"model.tokenizer = {to_toml(config.model.tokenizer)} emits ids up to "
             f"{num_token_ids - 1}, but the model's vocab_size is {vocab_size}: set model.tokenizer "
             f"to one that belongs to the model or set {remedy}"
         )
     if dropout:
-        problems.append(
+        yield (
             f"attention_dropout = {dropout}: sequence-parallel attention has no dropout; set "
             f"{setting('attention_dropout')} to 0"
         )
     if heads is not None and kv_heads and heads % kv_heads:
-        problems.append(
+        yield (
             f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}: "
             f"change {setting('num_key_value_heads')}"
         )
-    return problems
 
 
-def _length_problems(config: Config, model_config: Any, setting: str) -> list[str]:
-    """Return the problem of sequences longer than the model's positions, if there is one.
+def _length_problems(config: Config, model_config: Any, setting: str) -> Iterator[str]:
+    """Yield the problem of sequences longer than the model's positions, if there is one.
 
     `setting` is where the user finds the number of positions.
     """
-    problems: list[str] = []
     seq_len, positions = config.training.seq_len, _longest_sequence(model_config)
     if positions is not None and seq_len > positions and config.model.rope_scaling:
         factor = config.model.rope_scaling["factor"]
         original = round(positions / factor)
-        problems.append(
+        yield (
             f"training.seq_len = {seq_len} is longer than {positions}, which "
             f"model.rope_scaling.factor = {factor} makes of the model's {original}: set the factor "
             f"to {-(-seq_len // original)}, or lower training.seq_len"
         )
     elif positions is not None and seq_len > positions:
-        problems.append(
+        yield (
             f"training.seq_len = {seq_len} is longer than the model's max_position_embeddings = "
             f"{positions}: lower training.seq_len, or raise {setting}, or stretch RoPE with "
             "[model.rope_scaling]"
         )
-    return problems
 
 
 def _longest_sequence(model_config: Any) -> int | None:
     """Return the longest sequence that the model's positions allow; None if it does not say."""
-    longest, rope = (
-        getattr(model_config, key, None) for key in ("max_position_embeddings", "rope_parameters")
-    )
-    rope = (rope or {}).get("full_attention", rope or {})
+    longest = getattr(model_config, "max_position_embeddings", None)
+    rope = getattr(model_config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
     # Only "dynamic" keeps the original length in max_position_embeddings, because its frequencies
     # need it. For other types the value is already the scaled one.
-    return (
-        int(longest * rope["factor"]) if longest and rope.get("rope_type") == "dynamic" else longest
-    )
+    is_dynamic = longest and rope.get("rope_type") == "dynamic"
+    return int(longest * rope["factor"]) if is_dynamic else longest

@@ -19,7 +19,7 @@ from titan_ulysses.data.mixture import ChainedSequences, MixedSequences
 from titan_ulysses.data.packing import PackedSequences, PaddedSequences, SampleStream
 from titan_ulysses.data.sources import DatasetRows, open_rows
 from titan_ulysses.data.stream import StreamedSequences
-from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,10 +116,9 @@ def _open(
         encoder.check(source.source)
         rows = open_rows(source, setting)
         if not isinstance(rows, DatasetRows):
-            raise UserError(
+            raise UsageError(
                 f'{setting} = "{source.path}" is files, but only data sets can be streamed: set '
-                "streaming = false",
-                exit_code=2,
+                "streaming = false"
             )
         options = {"seq_len": training.seq_len, "seed": training.seed}
         skip = source.bad_lines == "skip"
@@ -136,7 +135,7 @@ def _read(
 ) -> tuple[Corpus, list[str]]:
     """Return the documents of a source, and notes about them for the log."""
     if not source.path:
-        raise UserError(f"{setting} is not set: give a file or folder to read", exit_code=2)
+        raise UsageError(f"{setting} is not set: give a file or folder to read")
     folder = config.data.cache_folder
     corpus, stats = read_corpus(source, encoder, cache_folder=folder, setting=setting)
     return corpus, stats.notes(source.source)

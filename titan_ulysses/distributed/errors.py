@@ -20,6 +20,13 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
+class UsageError(UserError):
+    """Bad input of a command line or a TOML file: exit code 2."""
+
+    def __init__(self, message: str):
+        super().__init__(message, exit_code=2)
+
+
 class RefusedRow(ValueError):
     """Raised with the reason if a row of the data cannot become a document.
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.errors import UsageError
 
 GIB = 2**30
 
@@ -61,10 +61,9 @@ class GPU:
     def attention_rates(self, kernel: str) -> tuple[float, float]:
         """Return FLOP/s of attention in forward and backward; UserError if kernel does not run."""
         if kernel not in self.attention:
-            raise UserError(
+            raise UsageError(
                 f'plan.attention_kernel = "{kernel}": it does not run on {self.name}, which has '
-                f"{', '.join(self.attention)}.",
-                exit_code=2,
+                f"{', '.join(self.attention)}."
             )
         return self.attention[kernel]
 
@@ -241,7 +240,7 @@ def unknown_gpu(name: str) -> str:
 def gpu_named(name: str) -> GPU:
     """Return the GPU of this name (see `find_gpu`); UserError if the table does not have it."""
     if (found := find_gpu(name)) is None:
-        raise UserError(f'plan.gpu = "{name}": {unknown_gpu(name)}', exit_code=2)
+        raise UsageError(f'plan.gpu = "{name}": {unknown_gpu(name)}')
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from titan_ulysses.config.toml import show
-from titan_ulysses.distributed.errors import UserError, one_line
+from titan_ulysses.distributed.errors import UsageError, UserError, one_line
 
 _LARGEST_FACTOR = 10**6
 _ORIGINAL = "original_max_position_embeddings"
@@ -110,25 +110,23 @@ def _checked(table: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     older = scaling.pop("type", None)
     kind = scaling.pop("rope_type", older)
     if not isinstance(kind, str) or kind not in _KEYS:
-        raise UserError(
-            f"model.rope_scaling.rope_type = {show(kind)}: the types are {', '.join(_KEYS)}",
-            exit_code=2,
+        raise UsageError(
+            f"model.rope_scaling.rope_type = {show(kind)}: the types are {', '.join(_KEYS)}"
         )
     needed, possible = _KEYS[kind]
     if unknown := sorted(scaling.keys() - needed - possible - {"rope_theta"}):
         keys = ", ".join(sorted(needed | possible | {"rope_theta"}))
-        raise UserError(
-            f'model.rope_scaling.{unknown[0]}: "{kind}" has no such key, it has {keys}', exit_code=2
+        raise UsageError(
+            f'model.rope_scaling.{unknown[0]}: "{kind}" has no such key, it has {keys}'
         )
     if missing := sorted(needed - scaling.keys()):
-        raise UserError(f'model.rope_scaling: "{kind}" needs {", ".join(missing)}', exit_code=2)
+        raise UsageError(f'model.rope_scaling: "{kind}" needs {", ".join(missing)}')
     factor = scaling["factor"]
     is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
     if not is_number or not 1 <= factor <= _LARGEST_FACTOR:
-        raise UserError(
+        raise UsageError(
             f"model.rope_scaling.factor = {show(factor)}: needs a number from 1 to "
-            f"{_LARGEST_FACTOR:,}",
-            exit_code=2,
+            f"{_LARGEST_FACTOR:,}"
         )
     return kind, scaling
 

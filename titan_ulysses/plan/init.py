@@ -20,7 +20,7 @@ from titan_ulysses.config.model_cli import ModelCommand
 from titan_ulysses.config.schema import KEYS, Config, in_words
 from titan_ulysses.config.toml import to_toml
 from titan_ulysses.distributed.atomic import whole_file
-from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.errors import UsageError, UserError
 from titan_ulysses.launch.hub import look_for_hub
 from titan_ulysses.model import hf
 from titan_ulysses.model.rope_scaling import rope_for
@@ -104,10 +104,9 @@ def _config(command: ModelCommand) -> Config:
     """Return the config of a command, before any search; of the model, config.json is read."""
     chosen = [key for key, _ in command.overrides if key in LEAN or key.startswith("parallelism.")]
     if chosen:
-        raise UserError(
+        raise UsageError(
             f"--{chosen[0]}: the search for the fastest settings chooses it. Write a file with "
-            "titan-ulysses init, change it there, and plan that with --config.",
-            exit_code=2,
+            "titan-ulysses init, change it there, and plan that with --config."
         )
     settings = _BEGINNING | {
         "job.name": _name_of(command.model),
@@ -121,9 +120,7 @@ def _config(command: ModelCommand) -> Config:
     model = hf.load_model_config(before.model.path, before.model.config)
     length = command.seq_len or getattr(model, "max_position_embeddings", None)
     if length is None:
-        raise UserError(
-            f"{command.model} does not say how many positions it has: give --seq-len.", exit_code=2
-        )
+        raise UsageError(f"{command.model} does not say how many positions it has: give --seq-len.")
     settings["training.seq_len"] = length
     settings["lr_scheduler.warmup_steps"] = min(_WARMUP, before.training.steps)
     if stretched := before.model.rope_scaling or rope_for(model, length):

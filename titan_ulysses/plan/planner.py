@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from titan_ulysses.config.schema import Config
 from titan_ulysses.config.validate import MeshDegrees, ranks_of
-from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.errors import UsageError, UserError
 from titan_ulysses.distributed.hardware import GIB, GPU, gpu_named
 from titan_ulysses.distributed.sequence import chunk_length
 from titan_ulysses.launch.nodes import spans_nodes
@@ -117,10 +117,9 @@ class Setup:
         if asked == "auto":
             return FA2
         if asked != FA2 and self.core != "varlen":
-            raise UserError(
+            raise UsageError(
                 f'plan.attention_kernel = "{asked}": only the core varlen can have it, and this '
-                f'run takes {self.core} ({self.spec.core_reason}). Set it to "auto".',
-                exit_code=2,
+                f'run takes {self.core} ({self.spec.core_reason}). Set it to "auto".'
             )
         return asked
 

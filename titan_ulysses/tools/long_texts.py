@@ -22,7 +22,7 @@ from titan_ulysses.config.fields import expand_path
 from titan_ulysses.data.adapter import shard
 from titan_ulysses.data.files import find_files, read_text
 from titan_ulysses.data.tokenizer import encode, load_tokenizer
-from titan_ulysses.distributed.errors import UserError, first_failure
+from titan_ulysses.distributed.errors import UsageError, UserError, first_failure
 from titan_ulysses.distributed.mesh import Mesh, build_mesh, init_distributed
 from titan_ulysses.model import hf
 from titan_ulysses.observability.pictures import SHADES, has_matplotlib
@@ -331,11 +331,11 @@ def checked(options: argparse.Namespace, **least: int) -> argparse.Namespace:
     for name, bound in ({"trials": 1} | least).items():
         if getattr(options, name) < bound:
             value = getattr(options, name)
-            raise UserError(f"--{name} {value}: at least {bound}.", exit_code=2)
+            raise UsageError(f"--{name} {value}: at least {bound}.")
     for name in least:
         if (value := getattr(options, name)) > _MOST_CODES:
-            raise UserError(f"--{name} {value}: at most {_MOST_CODES:,}.", exit_code=2)
+            raise UsageError(f"--{name} {value}: at most {_MOST_CODES:,}.")
     if wrong := [depth for depth in options.depths if not 0 <= depth <= 1]:
-        raise UserError(f"--depths {wrong[0]}: a share of the text, from 0 to 1.", exit_code=2)
+        raise UsageError(f"--depths {wrong[0]}: a share of the text, from 0 to 1.")
     options.lengths, options.depths = sorted(set(options.lengths)), sorted(set(options.depths))
     return options

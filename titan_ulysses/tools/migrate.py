@@ -31,17 +31,12 @@ from typing import Any
 from titan_ulysses.config.cli import parse_command_line
 from titan_ulysses.config.load import config_of
 from titan_ulysses.config.schema import KEYS, SECTIONS, SourceSettings
-from titan_ulysses.config.toml import show, table_to_toml
+from titan_ulysses.config.toml import from_toml, show, table_to_toml
 from titan_ulysses.distributed.atomic import whole_file
-from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.errors import UsageError, UserError
 from titan_ulysses.tools import parser_of
 from titan_ulysses.tools.migration import FORMATS
 from titan_ulysses.tools.migration.key_rules import Flat, Format, Lost, Rule, decisive
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -52,10 +47,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not text in UTF-8"
-        raise UserError(f"{path}: {why}. Give the file of a recipe.", exit_code=2) from None
+        raise UsageError(f"{path}: {why}. Give the file of a recipe.") from None
     try:
         if path.suffix == ".toml":
-            table = tomllib.loads(text)
+            table = from_toml(text)
         elif path.suffix == ".json":
             table = json.loads(text)
         elif path.suffix == ".sh":
@@ -64,9 +59,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
             table = _read_yaml(text)
     except Exception as error:  # of three parsers
         line = " ".join(str(error).split())
-        raise UserError(f"{path}: cannot be parsed: {line}", exit_code=2) from None
+        raise UsageError(f"{path}: cannot be parsed: {line}") from None
     if not isinstance(table, dict):
-        raise UserError(f"{path}: has no keys: it is not a recipe.", exit_code=2)
+        raise UsageError(f"{path}: has no keys: it is not a recipe.")
     return table
 
 
@@ -150,9 +145,8 @@ def format_of(path: Path, table: dict[str, Any]) -> Format:
     """Return whose recipe this is, by the keys that it has. UserError where that is not clear."""
     found = [one for one in FORMATS.values() if one.recognize(table)]
     if len(found) != 1:
-        raise UserError(
-            f"{path}: which trainer is this recipe for? Say so with --from {'|'.join(FORMATS)}.",
-            exit_code=2,
+        raise UsageError(
+            f"{path}: which trainer is this recipe for? Say so with --from {'|'.join(FORMATS)}."
         )
     return found[0]
 
@@ -334,7 +328,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not options.table and not options.recipe:
         parser.error("give a RECIPE, or --table")
     if options.ranks is not None and options.ranks < 1:
-        raise UserError(f"--ranks {options.ranks}: at least 1.", exit_code=2)
+        raise UsageError(f"--ranks {options.ranks}: at least 1.")
     return options
 
 
@@ -364,7 +358,7 @@ def main(argv: list[str]) -> None:
         kind, flat, beside=beside | {"--ranks": options.ranks}, given=dict(options.overrides)
     )
     if not {"model.path", "model.config"} & migration.settings.keys():
-        raise UserError(f"{path}: it names no model: add --model.path FOLDER.", exit_code=2)
+        raise UsageError(f"{path}: it names no model: add --model.path FOLDER.")
     print("\n".join(said_of(migration)), file=sys.stderr)
     text = as_text(path.name, migration)
     if options.output:

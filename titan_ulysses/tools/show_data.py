@@ -34,7 +34,7 @@ from titan_ulysses.data.processor import open_vision
 from titan_ulysses.data.records import BadRow, Chat, Encoded, Row
 from titan_ulysses.data.sources import open_rows
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
-from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.errors import UsageError
 from titan_ulysses.model.hf import load_model_config
 from titan_ulysses.tools import parser_of
 
@@ -110,7 +110,7 @@ def show_source(
 ) -> None:
     """Print the first rows of a source, and how many of their tokens are trained on."""
     if not source.path:
-        raise UserError(f"{setting} is not set: give a file or folder to read", exit_code=2)
+        raise UsageError(f"{setting} is not set: give a file or folder to read")
     tokenizer = encoder.tokenizer
     encoder.check(source.source)
     shown, counts, roles = 0, [], Counter[str]()
@@ -150,7 +150,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rows", nargs="?", default="3", const="", metavar="N", help=help_)
     options, settings = parser.parse_known_args(argv)
     if not options.rows.isdecimal() or not int(options.rows):
-        raise UserError(f"--rows {options.rows}: needs a number of rows, at least 1", exit_code=2)
+        raise UsageError(f"--rows {options.rows}: needs a number of rows, at least 1")
     command = parse_command_line(settings)
     config = load_config(command.config_path, command.overrides)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)

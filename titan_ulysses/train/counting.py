@@ -7,7 +7,7 @@ from math import ceil
 
 from titan_ulysses.config.schema import Config
 from titan_ulysses.data.packing import SampleStream
-from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.errors import UsageError
 
 
 def counted(
@@ -24,10 +24,9 @@ def counted(
 
     def in_epochs(share: float, setting: str) -> int:
         if epoch is None:
-            raise UserError(
+            raise UsageError(
                 f"{setting}: the data is streamed, so the length of an epoch is not known. Count "
-                "in steps, or set streaming = false",
-                exit_code=2,
+                "in steps, or set streaming = false"
             )
         return max(1, ceil(Fraction(str(share)) * epoch))
 

@@ -18,7 +18,7 @@ from titan_ulysses.config.schema import Config, SourceSettings
 from titan_ulysses.data.chat import encode_question
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.data.tokenizer import encode
-from titan_ulysses.distributed.errors import RefusedRow, UserError
+from titan_ulysses.distributed.errors import RefusedRow, UsageError
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
 from titan_ulysses.train.evaluation import evaluating
 
@@ -42,13 +42,12 @@ def encode_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[n
             else:
                 ids = encode(tokenizer, prompt, ends=False)
         except RefusedRow as error:
-            raise UserError(f"validation.prompts[{number}]: {error}", exit_code=2) from error
+            raise UsageError(f"validation.prompts[{number}]: {error}") from error
         most = config.training.seq_len - validation.prompt_tokens
         if not 0 < len(ids) <= most:
-            raise UserError(
+            raise UsageError(
                 f"validation.prompts[{number}] has {len(ids):,} tokens: give at least one, and at "
-                f"most training.seq_len - validation.prompt_tokens = {most:,}",
-                exit_code=2,
+                f"most training.seq_len - validation.prompt_tokens = {most:,}"
             )
         found.append(ids)
     return found
