@@ -22,7 +22,7 @@ from test_loss_settings import PAIRS, Trained, compare, encoded, settings, train
 from test_released import DEEPSEEK
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
-from titan_ulysses.model.prediction import request_layer
+from titan_ulysses.model.prediction import check_layer
 
 WEIGHT, LAYERS = 0.3, DEEPSEEK["num_hidden_layers"]
 GLM = {k: x for k, x in DEEPSEEK.items() if "lora" not in k and "head_dim" not in k}
@@ -189,7 +189,8 @@ def test_an_export_has_the_trained_layer(folders: Path, tmp_path: Path) -> None:
     tensors, before = (load_file(x / "model.safetensors") for x in (export, folder))
     assert tensors.keys() == before.keys()
     assert json.loads((export / "config.json").read_text())["num_nextn_predict_layers"] == 1
-    assert "trains_prediction_layer" not in (export / "config.json").read_text()
+    own_keys = hf.load_model_config(str(folder), None).to_dict().keys()
+    assert json.loads((export / "config.json").read_text()).keys() <= own_keys
     model, layer = open_both(export)
     own = dict(model.named_parameters()) | {
         f"mtp.{name}": p for name, p in layer.layers[0].named_parameters()
@@ -213,5 +214,5 @@ def test_an_export_has_the_trained_layer(folders: Path, tmp_path: Path) -> None:
 def test_other_layers_are_refused(change: dict[str, Any], words: str) -> None:
     table = {"num_hidden_layers": 4} if "model_type" in change else DEEPSEEK
     with pytest.raises(UserError, match="loss.prediction_weight") as refused:
-        request_layer(hf.load_model_config("", table | change))
+        check_layer(hf.load_model_config("", table | change))
     assert words in str(refused.value)

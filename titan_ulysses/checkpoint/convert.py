@@ -132,7 +132,7 @@ def to_safetensors(source: Path, target: Path, config_path: Path | None) -> None
     parameter_dtype = next(
         meta.properties.dtype for meta in saved.values() if meta.properties.dtype.is_floating_point
     )
-    plain = hf.build_on_meta(spec.whole_config, parameter_dtype, classifier=spec.scores)
+    plain = hf.build_on_meta(spec.whole_config, parameter_dtype, **spec.kind)
     if difference := first_difference(
         {n: list(m.size) for n, m in saved.items()},
         {n: list(t.shape) for n, t in hf.state_of(plain).items()},

@@ -90,8 +90,11 @@ class Layout:
 
     def __init__(self, model: PreTrainedModel):
         """Describe `model`, which may be wrapped and sharded and is not changed."""
-        classifier = hf.classifies(model)
-        self.plain = hf.build_on_meta(model.config, model.dtype, classifier=classifier)
+        kind = {
+            "classifier": hf.classifies(model),
+            "predicts": prediction.layer_of(model) is not None,
+        }
+        self.plain = hf.build_on_meta(model.config, model.dtype, **kind)
         self.state = self.plain.state_dict(keep_vars=True)
         """Parameters (tied ones under each of their names) and persistent buffers, without data."""
         self.main: dict[str, str] = {}
@@ -127,7 +130,7 @@ class Layout:
 
     @cached_property
     def _loading(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-        own = prediction.renamings(self.plain.config)
+        own = prediction.renamings(self.plain)
         conversions = [*own, *get_model_conversion_mapping(self.plain)]
         renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         return renamings, [c for c in conversions if isinstance(c, WeightConverter)]
@@ -176,7 +179,7 @@ class Layout:
         They are those of a model that was loaded from files of the usual form: conversions of
         legacy files and changes of prefix are left out.
         """
-        own = prediction.renamings(self.plain.config)
+        own = prediction.renamings(self.plain)
         conversions = [*own, *get_model_conversion_mapping(self.plain, add_legacy=False)]
         return [c for c in conversions if not isinstance(c, PrefixChange)]
 

@@ -62,7 +62,7 @@ class Origin:
         rest = [] if hf.classifies(layout.plain) else layout.reads(stored.names)[1]
         if stored.quantization:  # without scales of what is computed, such as keys and values
             rest = [name for name in rest if not name.endswith("_scale")]
-        copies = prediction.copies(layout.plain.config)
+        copies = prediction.copies(layout.plain)
         copies = {name: layout.main[copies[name]] for name in rest if name in copies}
         rest = [name for name in rest if name not in copies]
         return cls(path, layout, stored, rest, copies)

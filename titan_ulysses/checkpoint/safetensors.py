@@ -47,7 +47,6 @@ from titan_ulysses.model import hf
 from titan_ulysses.model.lora import ADAPTER, Delta, deltas
 from titan_ulysses.model.nf4 import NF4Weight, form_kept, full_tensor
 from titan_ulysses.model.parameter_names import is_adapter
-from titan_ulysses.model.prediction import forget_request
 from titan_ulysses.model.remote_code import names_code_in
 
 _EXPORT_FILE_BYTES = 4 * 2**30
@@ -497,7 +496,6 @@ def _write_configs(
         del config.auto_map
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    forget_request(config)
     config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:  # a classifier has none
         # Not by `save_pretrained`, which validates: it would refuse the generation config of many

@@ -214,7 +214,7 @@ def read_rows(batch: Mapping[str, Any], vision: Vision | None = None) -> Batch:
         position_limits = tuple(tuple(int(piece.max()) + 1 for piece in row) for row in pieces)
     mask = (~padding).long() if padding.any() else None
     rows = Batch(input_ids, labels, position_ids, documents, mask, position_limits)
-    return rows if vision is None else _with_images(rows, tensors, vision)
+    return rows if vision is None else with_images(rows, tensors, vision)
 
 
 def read_documents(batch: Mapping[str, Any]) -> Batch:
@@ -242,7 +242,7 @@ def read_documents(batch: Mapping[str, Any]) -> Batch:
     return replace(rows, labels=labels, num_documents=count, targets=targets)
 
 
-def _with_images(rows: Batch, tensors: Mapping[str, Tensor], vision: Vision) -> Batch:
+def with_images(rows: Batch, tensors: Mapping[str, Tensor], vision: Vision) -> Batch:
     """Return rows with their images, and the positions that those lead to."""
     visuals, pixels = vision.read(rows.input_ids, tensors)
     position_ids = rows.position_ids

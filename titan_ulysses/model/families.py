@@ -27,64 +27,19 @@ from titan_ulysses.ulysses.indexer import INDEXED, has_unknown_indexers
 from titan_ulysses.ulysses.linear_attention import KINDS, WITH_STATE, WITHOUT_STATE, described
 
 CHECKED_FAMILIES = {
-    "bamba",
-    "deepseek_v2",
-    "deepseek_v3",
-    "deepseek_v32",
-    "dots1",
-    "ernie4_5_moe",
-    "exaone_moe",
-    "falcon_h1",
-    "gemma2",
-    "gemma3_text",
-    "gemma4_text",
-    "glm4",
-    "glm46v",
-    "glm4_moe",
-    "glm4_moe_lite",
-    "glm4v",
-    "glm4v_moe",
-    "glm_moe_dsa",
-    "gpt_oss",
-    "granite",
-    "granitemoehybrid",
-    "hunyuan_v1_moe",
-    "hy_v3",
-    "hyperclovax",
-    "idefics3",
-    "internvl",
-    "kimi_k25",
-    "lfm2",
-    "lfm2_moe",
-    "lfm2_vl",
-    "llama",
-    "llama4_text",
-    "llava",
-    "llava_next",
-    "llava_onevision",
-    "mistral",
-    "mistral3",
-    "nemotron_h",
-    "olmo2",
-    "olmo_hybrid",
-    "phi3",
-    "qwen2",
-    "qwen2_5_vl",
-    "qwen2_vl",
-    "qwen3",
-    "qwen3_5",
-    "qwen3_5_moe",
-    "qwen3_5_moe_text",
-    "qwen3_5_text",
-    "qwen3_moe",
-    "qwen3_next",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "sarvam_moe",
-    "smollm3",
-    "smolvlm",
-    "solar_open",
-    "starcoder2",
+    *("gemma2", "gemma3_text", "gemma4_text", "glm4", "granite", "hyperclovax", "llama"),
+    *("mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2"),
+    # With mixtures of experts.
+    *("deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe"),
+    *("glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt_oss", "hunyuan_v1_moe", "hy_v3"),
+    *("llama4_text", "qwen3_moe", "sarvam_moe", "solar_open"),
+    # With layers that carry a state.
+    *("bamba", "falcon_h1", "granitemoehybrid", "lfm2", "lfm2_moe", "nemotron_h", "olmo_hybrid"),
+    *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
+    # Of images and text.
+    *("glm46v", "glm4v", "glm4v_moe", "idefics3", "internvl", "kimi_k25", "lfm2_vl", "llava"),
+    *("llava_next", "llava_onevision", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5"),
+    *("qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm"),
 }
 """Families that the tests compare with unmodified transformers.
 
@@ -92,11 +47,7 @@ Any other family must pass `verify_family` before it trains.
 """
 
 _COMPUTE_WITH_EMBEDDINGS = {
-    "falcon_h1",
-    "gemma4_text",
-    "granite",
-    "granitemoehybrid",
-    "hyperclovax",
+    *("falcon_h1", "gemma4_text", "granite", "granitemoehybrid", "hyperclovax")
 }
 
 _WITH_SINKS = {"flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash"}

@@ -110,11 +110,16 @@ def make_reward_model(config: PreTrainedConfig) -> None:
 
 
 def build_on_meta(
-    config: PreTrainedConfig, dtype: torch.dtype, *, classifier: bool = False
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    *,
+    classifier: bool = False,
+    predicts: bool = False,
 ) -> PreTrainedModel:
     """Build the model class that transformers chooses for config, on meta; config is not changed.
 
-    It is that of a causal LM, or of a classifier of sequences.
+    It is that of a causal LM, with its prediction layer if it `predicts`, or of a classifier of
+    sequences.
 
     All its parameters have dtype, also those that transformers would keep in fp32 (routers),
     because FSDP takes only one dtype.
@@ -140,7 +145,7 @@ def build_on_meta(
             f"({type(error).__name__}: {one_line(error)})."
             + (f" Set the missing keys ({', '.join(unset)}) in the config." if unset else "")
         ) from error
-    if prediction.is_requested(config) and not classifier:
+    if predicts:
         with torch.device("meta"):
             prediction.add_layer(model)
     for parameter in model.parameters():

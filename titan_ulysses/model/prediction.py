@@ -22,12 +22,10 @@ if TYPE_CHECKING:
 
 FAMILIES = ("deepseek_v3", "glm4_moe")
 """Types whose layer N in the released folders is such a layer."""
-_MARK = "trains_prediction_layer"
-"""What a config has whose models are built with the layer; it is not saved."""
 
 
-def request_layer(config: PreTrainedConfig) -> None:
-    """Let models of config be built with their prediction layer. UserError if there is none."""
+def check_layer(config: PreTrainedConfig) -> None:
+    """Raise UserError if models of config have no prediction layer that can be trained."""
     count = getattr(config, "num_nextn_predict_layers", 0)
     reason = None
     if config.model_type not in FAMILIES:
@@ -38,18 +36,6 @@ def request_layer(config: PreTrainedConfig) -> None:
         reason = f"transformers {transformers.__version__} has none: install 5.24 or newer"
     if reason:
         raise UserError(f"loss.prediction_weight: prediction layers: {reason}. Set it to 0.")
-    setattr(config, _MARK, True)
-
-
-def is_requested(config: PreTrainedConfig) -> bool:
-    """Return whether models of config are built with their prediction layer."""
-    return getattr(config, _MARK, False)
-
-
-def forget_request(config: PreTrainedConfig) -> None:
-    """Remove from a config that is saved what `request_layer` has added."""
-    if is_requested(config):
-        delattr(config, _MARK)
 
 
 def add_layer(model: PreTrainedModel) -> None:
@@ -64,23 +50,23 @@ def layer_of(model: nn.Module) -> Any:
     return getattr(model, "mtp", None)
 
 
-def renamings(config: PreTrainedConfig) -> list[WeightRenaming]:
+def renamings(model: PreTrainedModel) -> list[WeightRenaming]:
     """Return how names in files become those of the layer: the first renamings of all."""
-    if not is_requested(config):
+    if layer_of(model) is None:
         return []
     inside = {name: name for name in ("enorm", "hnorm", "eh_proj")}
     inside["shared_head.norm"] = "post_norm"
     return [
-        WeightRenaming(f"model.layers.{config.num_hidden_layers}.", "mtp.mtp_block."),
+        WeightRenaming(f"model.layers.{model.config.num_hidden_layers}.", "mtp.mtp_block."),
         *(WeightRenaming(f"mtp.mtp_block.{x}.", f"mtp.{y}.") for x, y in inside.items()),
     ]
 
 
-def copies(config: PreTrainedConfig) -> dict[str, str]:
+def copies(model: PreTrainedModel) -> dict[str, str]:
     """Return the names in files of what the layer shares with the model, and of what it is."""
-    if not is_requested(config):
+    if layer_of(model) is None:
         return {}
-    layer = f"model.layers.{config.num_hidden_layers}"
+    layer = f"model.layers.{model.config.num_hidden_layers}"
     return {
         f"{layer}.embed_tokens.weight": "model.embed_tokens.weight",
         f"{layer}.shared_head.head.weight": "lm_head.weight",

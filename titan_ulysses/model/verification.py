@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from titan_ulysses.data.loader import Batch
 from titan_ulysses.distributed.errors import UserError, first_failure, one_line
 from titan_ulysses.distributed.mesh import Mesh
-from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length
+from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs
 from titan_ulysses.model.hf import has_vision
@@ -62,37 +63,18 @@ _MOST_PARAMETERS = 50_000_000
 _DTYPE = torch.float64
 _HIDDEN = 64
 _SIZES = {
-    "hidden_size": _HIDDEN,
-    "num_attention_heads": 4,
-    "head_dim": 16,
-    "rotary_dim": 8,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-    "q_lora_rank": _HIDDEN,
-    "kv_lora_rank": _HIDDEN,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 2,
+    **dict.fromkeys(("hidden_size", "q_lora_rank", "kv_lora_rank", "mamba_d_ssm"), _HIDDEN),
+    **dict.fromkeys(("index_head_dim", "index_n_heads"), 32),
+    **dict.fromkeys(("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 16),
+    **dict.fromkeys(("rotary_dim", "linear_key_head_dim", "linear_value_head_dim"), 8),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "mamba_head_dim"), 8),
+    **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 8),
+    **dict.fromkeys(("num_attention_heads", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 4),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "n_group", "linear_num_key_heads"), 2),
+    **dict.fromkeys(("mamba_n_groups", "n_groups"), 2),
     "topk_group": 1,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "mamba_d_state": 8,
-    "ssm_state_size": 8,
-    "mamba_n_groups": 2,
-    "n_groups": 2,
-    "mamba_n_heads": 4,
-    "mamba_num_heads": 4,
-    "mamba_head_dim": 8,
-    "mamba_d_ssm": _HIDDEN,
-    "mamba_chunk_size": 8,
-    "chunk_size": 8,
-    "index_head_dim": 32,
-    "index_n_heads": 32,
 }
 """Largest widths of the tiny model, for those of these names that a config has."""
 
@@ -240,7 +222,7 @@ def _try_once(
     try:
         shard(sharded, core, options)
         tolerance = _TOLERANCE_OF_STATES if linear_layers(sharded) else _TOLERANCE
-        found = _trained(sharded, batch.loss_sharded(sharded, mesh))
+        found = _trained(sharded, _loss_sharded(sharded, batch.rows, mesh))
         reason = _difference(found, expected, batch.what, tolerance)
     except UserError as error:
         reason = str(error).removeprefix("model: ")
@@ -348,50 +330,42 @@ class _TestBatch:
     """
 
     def __init__(self, mesh: Mesh, config: PreTrainedConfig) -> None:
-        degree = mesh.sp.size()
-        length = degree * -(-32 // degree)
+        length = mesh.sp.size() * -(-32 // mesh.sp.size())
         generator = torch.Generator().manual_seed(1)
-        self.ids, self.labels = torch.randint(
-            config.vocab_size, (2, 2, length), generator=generator
-        ).to(mesh.device)
-        self.documents: Documents = ((length // 3, 1, length - length // 3 - 1), (length,))
+        ids, labels = torch.randint(config.vocab_size, (2, 2, length), generator=generator)
+        documents: Documents = ((length // 3, 1, length - length // 3 - 1), (length,))
         self.what = "documents packed and sharded against each document alone"
         self.has_router_loss = getattr(config, "output_router_logits", False)
         if self.has_router_loss:
-            self.labels = F.pad(self.ids[:, 1:], (0, 1), value=IGNORE_INDEX)
-            self.documents = ((length,), (length,))
+            labels = F.pad(ids[:, 1:], (0, 1), value=IGNORE_INDEX)
+            documents = ((length,), (length,))
             self.what = "with its router loss, sharded against both rows at once"
-        self.valid = (self.labels != IGNORE_INDEX).sum()
-        self.positions = torch.stack(
-            [torch.cat([torch.arange(n) for n in row]) for row in self.documents]
-        )
+        positions = [torch.cat([torch.arange(n) for n in row]) for row in documents]
+        self.rows = Batch(ids, labels, torch.stack(positions), documents)
+        """what the sharded model gets its part of"""
 
     def loss_whole(self, model: PreTrainedModel) -> Tensor:
         """Return the loss of unmodified transformers, with each document alone."""
+        rows = self.rows.to(model.device)
         if self.has_router_loss:
-            return model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
-        total = torch.zeros((), dtype=_DTYPE, device=self.ids.device)
-        for ids, labels, lengths in zip(self.ids, self.labels, self.documents, strict=True):
+            return model(input_ids=rows.input_ids, labels=rows.input_ids, use_cache=False).loss
+        total = torch.zeros((), dtype=_DTYPE, device=model.device)
+        for ids, labels, lengths in zip(rows.input_ids, rows.labels, rows.documents, strict=True):
             for document, targets in zip(ids.split(lengths), labels.split(lengths), strict=True):
                 logits = model(input_ids=document[None], use_cache=False).logits[0]
                 total = total + F.cross_entropy(logits.to(_DTYPE), targets, reduction="sum")
-        return total / self.labels.numel()
+        return total / rows.labels.numel()
 
-    def loss_sharded(self, model: PreTrainedModel, mesh: Mesh) -> Tensor:
-        length, degree = self.ids.shape[1], mesh.sp.size()
-        chunk_tokens = chunk_length(model.sharding.stream_chunk_tokens, length, degree)
 
-        def local(whole: Tensor) -> Tensor:
-            return mesh.local_slice(whole, chunk_tokens=chunk_tokens).to(self.ids.device)
-
-        return model(
-            input_ids=local(self.ids),
-            labels=local(self.labels),
-            position_ids=local(self.positions),
-            documents=self.documents,
-            chunk_tokens=chunk_tokens,
-            num_items_in_batch=self.valid * mesh.batch.size(),
-        ).loss
+def _loss_sharded(model: PreTrainedModel, rows: Batch, mesh: Mesh) -> Tensor:
+    """Return the loss of a sharded model, with all documents packed. Collective."""
+    local = rows.local(
+        rank=mesh.sp.get_local_rank(),
+        degree=mesh.sp.size(),
+        stream_chunk_tokens=model.sharding.stream_chunk_tokens,
+    )
+    valid = (rows.labels != IGNORE_INDEX).sum().to(mesh.device) * mesh.batch.size()
+    return model(**local.to(mesh.device).inputs(), num_items_in_batch=valid).loss
 
 
 def build_tiny(config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:

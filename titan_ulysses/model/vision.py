@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,11 +23,7 @@ import torch.distributed._functional_collectives as funcol
 import transformers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from titan_ulysses.data.images import KINDS, DocumentPositions, Kind, Pixels, Visual, Visuals
 from titan_ulysses.distributed.errors import UserError
@@ -190,7 +186,7 @@ class Vision:
         }
         rows = torch.cat([made[kind].rows for kind in kinds])
         plan = _plan(visuals, kinds, rank, degree, seq_len, chunk_tokens)
-        rows = _Exchange.apply(rows, plan, mesh.sp)
+        rows = _exchange(rows, plan, mesh.sp)
         # Of kinds that are nowhere in these rows the model is given none. Without any, it is given
         # no rows, so that backward reaches the tower as on other data-parallel ranks.
         present = {item.kind for item in visuals.items} or {*kinds}
@@ -258,9 +254,7 @@ class _Features:
         )
 
     def first(self, count: int) -> _Features:
-        return _Features(
-            self.rows[:count], self.widths, self.output, self.field, self.is_split, self.dims
-        )
+        return replace(self, rows=self.rows[:count])
 
     def like(self, rows: Tensor) -> Any:
         """Return other rows in the same form."""
@@ -348,35 +342,17 @@ def _order(*keys: Tensor) -> Tensor:
     return order
 
 
-class _Exchange(torch.autograd.Function):
+def _exchange(rows: Tensor, plan: _Plan, mesh: DeviceMesh) -> Tensor:
     """[n, columns] of the images that this rank encodes -> [m, columns] of its placeholders.
 
     One all-to-all in forward, and one in backward, which takes gradients the other way.
     """
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, plan: _Plan, mesh: DeviceMesh) -> Tensor:
-        ctx.plan, ctx.mesh = plan, mesh
-        sent = rows[plan.send.to(rows.device, non_blocking=True)]
-        received = _all_to_all(sent, plan.received, plan.sent, mesh)
-        return received[plan.place.to(rows.device, non_blocking=True)]
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
-        plan, device = ctx.plan, upstream.device
-        gradient = torch.empty_like(upstream)
-        gradient[plan.place.to(device, non_blocking=True)] = upstream
-        received = _all_to_all(gradient, plan.sent, plan.received, ctx.mesh)
-        rows = torch.empty_like(received)
-        rows[plan.send.to(device, non_blocking=True)] = received
-        return rows, None, None
-
-
-def _all_to_all(sent: Tensor, received: list[int], split: list[int], mesh: DeviceMesh) -> Tensor:
-    if mesh.size() == 1:
-        return sent
-    group = mesh.get_group()
-    return funcol.wait_tensor(funcol.all_to_all_single(sent.contiguous(), received, split, group))
+    device = rows.device
+    moved = rows.index_select(0, plan.send.to(device, non_blocking=True))
+    if mesh.size() > 1:
+        moved = funcol.all_to_all_single_autograd(moved, plan.received, plan.sent, mesh.get_group())
+        moved = funcol.wait_tensor(moved)
+    return moved.index_select(0, plan.place.to(device, non_blocking=True))
 
 
 def positions_of(model: PreTrainedModel) -> DocumentPositions | None:

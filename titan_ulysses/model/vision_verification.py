@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from titan_ulysses.data.images import Pixels, positions_of_rows
+from titan_ulysses.data.adapter import with_images
+from titan_ulysses.data.images import Pixels
+from titan_ulysses.data.loader import Batch
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
-from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length
+from titan_ulysses.distributed.sequence import IGNORE_INDEX
 from titan_ulysses.model import hf
 from titan_ulysses.model.pixels import ONE_PLACEHOLDER, collate
 from titan_ulysses.model.vision import Vision, positions_of
@@ -107,9 +109,8 @@ class VisionBatch:
     what = "documents with images, packed and sharded, against each document alone"
 
     def __init__(self, mesh: Mesh, model: PreTrainedModel) -> None:
-        self.model, self.vision = model, Vision(model)
+        self.vision = Vision(model)
         self.generator = torch.Generator().manual_seed(1)
-        self.device = mesh.device
         documents = [
             self._document(["image", 3, "image_wide", 2]),
             self._document([]),
@@ -122,12 +123,13 @@ class VisionBatch:
         if missing:
             documents.append((torch.arange(1, missing + 1), []))
         self.documents = documents
-        self.ids = torch.cat([ids for ids, _ in documents])[None]
-        self.lengths: Documents = (tuple(len(ids) for ids, _ in documents),)
-        ends = torch.cat([torch.arange(len(ids)) == len(ids) - 1 for ids, _ in documents])
-        labels = self.ids.roll(-1, dims=1)
-        self.labels = labels.masked_fill(ends | (labels >= _WORDS), IGNORE_INDEX)
-        self.valid = (self.labels != IGNORE_INDEX).sum()
+        ids = torch.cat([ids for ids, _ in documents])[None]
+        positions = torch.cat([torch.arange(len(ids)) for ids, _ in documents])[None]
+        labels = ids.roll(-1, dims=1)
+        labels = labels.masked_fill((positions.roll(-1) == 0) | (labels >= _WORDS), IGNORE_INDEX)
+        rows = Batch(ids, labels, positions, (tuple(len(ids) for ids, _ in documents),))
+        pixels = _joined([x for _, of_document in documents for x in of_document])
+        self.rows = with_images(rows, pixels, self.vision)
 
     def _document(self, pieces: list[str | int]) -> tuple[Tensor, list[Pixels]]:
         """Return the ids and the pixels of a document of words, and what is between them."""
@@ -151,51 +153,26 @@ class VisionBatch:
     def loss_whole(self, model: PreTrainedModel) -> Tensor:
         """Return the loss of unmodified transformers, with each document alone."""
         takes = inspect.signature(type(model).forward).parameters
-        total, start = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        device, start = model.device, 0
+        total = torch.zeros((), dtype=torch.float64, device=device)
         for ids, pixels in self.documents:
             inputs: dict[str, Any] = _joined(pixels)
             if "mm_token_type_ids" in takes and pixels:
                 inputs["mm_token_type_ids"] = self._kinds(ids)[None]
-            inputs = {name: x.to(self.device) for name, x in inputs.items()}
-            logits = model(input_ids=ids[None].to(self.device), use_cache=False, **inputs).logits[0]
-            labels = self.labels[0, start : start + len(ids)].to(self.device)
+            inputs = {name: x.to(device) for name, x in inputs.items()}
+            logits = model(input_ids=ids[None].to(device), use_cache=False, **inputs).logits[0]
+            labels = self.rows.labels[0, start : start + len(ids)].to(device)
             start += len(ids)
             total = total + F.cross_entropy(
                 logits.double(), labels, ignore_index=IGNORE_INDEX, reduction="sum"
             )
-        return total / self.valid
+        return total / (self.rows.labels != IGNORE_INDEX).sum()
 
     def _kinds(self, ids: Tensor) -> Tensor:
         kinds = torch.zeros_like(ids)
         for number, inputs in enumerate(self.vision.inputs.values(), start=1):
             kinds[(ids == inputs.placeholder) & (kinds == 0)] = number
         return kinds
-
-    def loss_sharded(self, model: PreTrainedModel, mesh: Mesh) -> Tensor:
-        """Return that of the sharded model, with all documents packed."""
-        length, degree = self.ids.shape[1], mesh.sp.size()
-        chunk_tokens = chunk_length(model.sharding.stream_chunk_tokens, length, degree)
-        vision = model.sharding.vision
-        pixels = _joined([x for _, of_document in self.documents for x in of_document])
-        visuals, of_items = vision.read(self.ids, pixels)
-        positions = torch.cat([torch.arange(n) for n in self.lengths[0]])[None]
-        if vision.positions is not None:
-            positions = positions_of_rows(vision.positions, self.ids, self.lengths, visuals.items)
-
-        def local(whole: Tensor) -> Tensor:
-            cut = mesh.local_slice(whole, chunk_tokens=chunk_tokens, dim=whole.ndim - 1)
-            return cut.to(self.device)
-
-        return model(
-            input_ids=local(self.ids),
-            labels=local(self.labels),
-            position_ids=local(positions),
-            documents=self.lengths,
-            chunk_tokens=chunk_tokens,
-            num_items_in_batch=self.valid.to(self.device) * mesh.batch.size(),
-            visuals=visuals,
-            pixels=tuple(of_items[i] for i in visuals.own(mesh.sp.get_local_rank(), degree)),
-        ).loss
 
 
 def _joined(pixels: list[Pixels]) -> Pixels:

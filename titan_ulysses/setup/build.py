@@ -50,11 +50,8 @@ def build_model(
     config = spec.config
     compute = getattr(torch, config.training.param_dtype)
     wide = torch.promote_types(compute, torch.float32)
-    model = hf.build_on_meta(
-        spec.whole_config,
-        dtype=compute if config.optimizer.stochastic_rounding else wide,
-        classifier=spec.scores,
-    )
+    dtype = compute if config.optimizer.stochastic_rounding else wide
+    model = hf.build_on_meta(spec.whole_config, dtype, **spec.kind)
     float8_layers = 0
     if config.quantize.float8:
         # A matrix product has the tokens of a rank, of its part of a chunk, or of a tile.

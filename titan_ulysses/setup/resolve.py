@@ -26,7 +26,7 @@ from titan_ulysses.model import hf
 from titan_ulysses.model.families import check_family, largest_head, text_part
 from titan_ulysses.model.float8 import check_float8
 from titan_ulysses.model.lora import check_lora
-from titan_ulysses.model.prediction import request_layer
+from titan_ulysses.model.prediction import check_layer
 from titan_ulysses.model.resize_embeddings import grow_vocabulary
 from titan_ulysses.model.rope_scaling import scale_rope
 from titan_ulysses.model.vision import check_vision_setting
@@ -81,6 +81,11 @@ class RunSpec:
         return self.config.loss.name == "reward"
 
     @property
+    def kind(self) -> dict[str, bool]:
+        """What `hf.build_on_meta` is told of the model besides its config."""
+        return {"classifier": self.scores, "predicts": self.config.loss.prediction_weight > 0}
+
+    @property
     def local_tokens(self) -> int:
         """Tokens of a micro-batch on one rank: rows times S / P."""
         training = self.config.training
@@ -128,7 +133,7 @@ def resolve(
     if config.loss.name == "reward":
         hf.make_reward_model(built)
     if config.loss.prediction_weight:
-        request_layer(built)
+        check_layer(built)
     model_config = built.get_text_config() if hf.has_vision(built) else built
     if config.model.rope_scaling:
         scale_rope(model_config, config.model.rope_scaling)
