@@ -142,6 +142,12 @@ class CostCounter:
             # torch's formulas do not expect the output dtype that some products take.
             shapes = [x for x in args if not isinstance(x, torch.dtype)]
             return "matmul", flop_registry[func._overloadpacket](*shapes, **kwargs, out_val=result)
+        if kind == "rows":  # of the last table, one for each index
+            i = [x.is_floating_point() for x in args[:3]].index(False)
+            values = (args[: i - 1], args[i:], kwargs, result)
+            row = args[i - 1].shape[1] * args[i - 1].element_size()
+            moved = sum(x.numel() * x.element_size() for x in tensors_in(values))
+            return "other kernels", moved + args[i].numel() * row
         if kind == "exchange":
             return "exchange", args[0].numel() * args[0].element_size()
         return "", 0
@@ -157,6 +163,8 @@ def _counted_as(func) -> str:
         return "experts"
     if packet in flop_registry:
         return "matmul"
+    if "embedding_bag" in func._opname:
+        return "rows"
     if func.namespace == "aten" and not func.is_view and func._opname not in _MOVE_NOTHING:
         return "moved"
     return "exchange" if func._opname == "all_to_all_single" else ""
