@@ -271,6 +271,10 @@ def test_the_loss_of_each_token_is_summed_by_rows() -> None:
     assert head.row_losses is None
     by_token = head(hidden, labels, count, loss_function=cross_entropies)
     torch.testing.assert_close(by_token, whole)
+    with pytest.raises(
+        UserError, match=r"cross_entropy returned .* shape \[\].*loss of each token"
+    ):
+        head(hidden, labels, reduction="none", loss_function=cross_entropy)
     rows = [cross_entropy(head(hidden[i]), labels[i]) for i in range(3)]
     torch.testing.assert_close(head.row_losses, torch.stack(rows).double())
 

@@ -22,6 +22,7 @@ from titan_ulysses.memory.losses import (
     TokenStatistics,
     check_is_sum,
     cross_entropies,
+    name_of,
     shape_scores,
     token_statistics,
 )
@@ -39,9 +40,6 @@ _CUDA_ROWS = 256
 
 _CHECKED_ROWS = 256
 """Tokens with labels with which a loss function is tried before its first use."""
-
-Options = tuple[int, float, float | None, float, float]
-"""Tokens per tile; scale and soft-cap of the logits; weight of the z-loss; label smoothing."""
 
 
 def automatic_tile(vocabulary: int, device_type: str) -> int:
@@ -152,23 +150,12 @@ class LossHead(nn.Linear):
 
     def _sum(self, hidden: Tensor, labels: Tensor, sequences: Sequences) -> Tensor:
         """Return the sum of the cross-entropies of this rank's labels, with its gradients."""
-        options = self._options(labels)
+        parameters = sequences.inputs_for([self.weight, self.bias])
         # Passed as an argument: inside an autograd function is_grad_enabled() is always False, and
         # needs_input_grad ignores no_grad.
         differentiate = torch.is_grad_enabled()
-        lead = labels.shape if labels.ndim == 2 else torch.Size((1, labels.numel()))
-        rows, labels = hidden.flatten(0, -2), labels.flatten()
-        parameters = [self.weight, self.bias]
         total, self.row_losses = _TiledCrossEntropy.apply(
-            rows,
-            *sequences.inputs_for(parameters),
-            labels,
-            options,
-            self.adds_wide,
-            differentiate,
-            sequences,
-            lead,
-            parameters,
+            hidden.flatten(0, -2), *parameters, _by_row(labels), self, differentiate, sequences
         )
         return total
 
@@ -183,14 +170,13 @@ class LossHead(nn.Linear):
         found = self._tiled(function, hidden, labels, inputs)
         self.row_losses = None
         if found.ndim:  # the loss of each label
-            lead = labels.shape if labels.ndim == 2 else torch.Size((1, labels.numel()))
-            self.row_losses = found.detach().view(lead).sum(dim=1, dtype=torch.float64)
+            self.row_losses = _by_row(found.detach()).sum(dim=1, dtype=torch.float64)
             found = found.sum(dtype=torch.float64)
         return found
 
-    def _options(self, labels: Tensor) -> Options:
-        tile_tokens = self.tile_tokens if self.tile_tokens != -1 else max(1, labels.numel())
-        return tile_tokens, self.scale, self.softcap, self.z_loss, self.label_smoothing
+    def tile_of(self, labels: Tensor) -> int:
+        """Return the tokens of a tile of these labels."""
+        return self.tile_tokens if self.tile_tokens != -1 else max(1, labels.numel())
 
     def _each(
         self,
@@ -201,9 +187,21 @@ class LossHead(nn.Linear):
     ) -> Tensor:
         """Return the loss of each label [B, T], the cross-entropy or that of a function."""
         if function is not None or torch.is_grad_enabled():
-            return self._tiled(function or cross_entropies, hidden, labels, inputs)
-        rows, options = hidden.flatten(0, -2), self._options(labels)
-        each = _each_cross_entropy(rows, self.weight, self.bias, labels.flatten(), options)
+            function = function or cross_entropies
+            each = self._tiled(function, hidden, labels, inputs)
+            if each.shape != labels.shape:
+                raise UserError(
+                    f"loss_function {name_of(function)} returned a tensor of shape "
+                    f"{list(each.shape)} for labels of shape {list(labels.shape)}: with "
+                    'reduction = "none", return the loss of each token.'
+                )
+            return each
+        rows, flat = hidden.flatten(0, -2), labels.flatten()
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        each = torch.empty(len(rows), dtype=wide, device=rows.device)
+        for tile in tiles(len(rows), self.tile_of(labels)):
+            scores = _scores(rows[tile], self.weight, self.bias, self)
+            each[tile] = _cross_entropy(scores, flat[tile], flat[tile] != IGNORE_INDEX)[0]
         return each.view(labels.shape)
 
     def _logits(self, rows: Tensor) -> Tensor:
@@ -226,9 +224,8 @@ class LossHead(nn.Linear):
             rows = rows.where((labels != IGNORE_INDEX).unsqueeze(-1), 0)
             return function(self._logits(rows), labels, **tokens)
 
-        tile_tokens = self._options(labels)[0]
         tokens = {"labels": labels} | (tokens or {})
-        return tiled(of_rows, hidden, tile_tokens=tile_tokens, parameters=self, **tokens)
+        return tiled(of_rows, hidden, tile_tokens=self.tile_of(labels), parameters=self, **tokens)
 
     def _check(
         self, function: LossFunction, hidden: Tensor, labels: Tensor, tokens: dict[str, Tensor]
@@ -271,11 +268,11 @@ class LossHead(nn.Linear):
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropy over rows [N, h] with labels [N], and the sums [B] of the B sequences
-    that they are of, in fp64. `lead` is (B, N / B).
+    """Sum of cross-entropy over rows [B * T, h] with labels [B, T], and the sums [B] of the B
+    sequences that they are of, in fp64.
 
     Gradients of the first are computed in forward and scaled in backward. The second has none.
-    Off the device, weight and bias are stand-ins of `parameters`.
+    Off the device, weight and bias are stand-ins of the parameters of `head`.
     """
 
     @staticmethod
@@ -285,19 +282,17 @@ class _TiledCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        options: Options,
-        adds_wide: bool,
+        head: LossHead,
         differentiate: bool,
         sequences: Sequences,
-        lead: torch.Size,
-        parameters: list[Tensor | None],
     ) -> tuple[Tensor, Tensor]:
-        tile_tokens, shape = options[0], options[1:]
+        tile_tokens, tokens_of_row = head.tile_of(labels), labels.shape[1]
         # Gradients of parameters are accumulated over the tiles in this dtype.
         wide = torch.promote_types(rows.dtype, torch.float32)
         needs = [differentiate and needed for needed in ctx.needs_input_grad[:3]]
         needs_rows, needs_weight, needs_bias = needs
-        totals = torch.zeros(lead[0], dtype=torch.float64, device=weight.device)
+        totals = torch.zeros(len(labels), dtype=torch.float64, device=weight.device)
+        labels = labels.flatten()
         grad_rows = sequences.empty(rows) if needs_rows else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
@@ -307,8 +302,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
             # Rows without a label are zeroed here and in grad_rows, and not in the logits, which
             # are much larger. `where` is used because a product with 0 is not 0 for inf or nan.
             x = x.where(valid.unsqueeze(1), 0)
-            each, grad_logits = _tile_loss(x, weight, bias, labels[tile], valid, shape, any(needs))
-            for row, part in _parts_of_rows(tile, lead[1]):
+            each, grad_logits = _tile_loss(x, weight, bias, labels[tile], valid, head, any(needs))
+            for row, part in _parts_of_rows(tile, tokens_of_row):
                 totals[row] += each[part].sum(dtype=torch.float64)
             if needs_bias:
                 grad_bias += valid.to(wide) @ grad_logits
@@ -320,8 +315,9 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 if sequences is not ON_DEVICE:
                     sequences.write(grad_rows, tile, into, dim=0)
             if needs_weight:
-                add_product(grad_weight, grad_logits.t(), x, adds_wide=adds_wide)
-        ctx.tile_tokens, ctx.sequences, ctx.parameters = tile_tokens, sequences, parameters
+                add_product(grad_weight, grad_logits.t(), x, adds_wide=head.adds_wide)
+        ctx.tile_tokens, ctx.sequences = tile_tokens, sequences
+        ctx.parameters = [head.weight, head.bias]
         ctx.grads = [grad_rows, grad_weight, grad_bias]
         ctx.dtypes = [x.dtype if x is not None else None for x in (rows, weight, bias)]
         ctx.mark_non_differentiable(totals)
@@ -347,7 +343,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
             grad.to(dtype) if grad is not None else None
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
-        return *scaled, None, None, None, None, None, None, None
+        return *scaled, None, None, None, None
 
 
 def _parts_of_rows(tile: slice, tokens: int) -> Iterator[tuple[int, slice]]:
@@ -360,34 +356,21 @@ def _parts_of_rows(tile: slice, tokens: int) -> Iterator[tuple[int, slice]]:
         first = last
 
 
-def _each_cross_entropy(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: Options
-) -> Tensor:
-    """Return the cross-entropies [N] of rows [N, h] with labels [N], one tile at a time.
-
-    They are in fp32 or wider, and 0 for rows without a label.
-    """
-    tile_tokens, scale, softcap, *_ = options
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    each = torch.empty(len(rows), dtype=wide, device=rows.device)
-    for tile in tiles(len(rows), tile_tokens):
-        scores = _scores(rows[tile], weight, bias, scale, softcap)
-        each[tile] = _cross_entropy(scores, labels[tile], labels[tile] != IGNORE_INDEX)[0]
-    return each
+def _by_row(x: Tensor) -> Tensor:
+    """Return what belongs to tokens, [B, T] or [T], by sequence: [B, T]."""
+    return x if x.ndim == 2 else x[None]
 
 
-def _scores(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
-) -> Tensor:
+def _scores(x: Tensor, weight: Tensor, bias: Tensor | None, head: LossHead) -> Tensor:
     """Return the scaled and capped logits [n, V] of rows x [n, h].
 
     They are in fp32 or wider if there is a scale or cap. Otherwise they keep their dtype, and
     `_cross_entropy` converts them as it reads them.
     """
     logits = F.linear(x, weight, bias)
-    if scale != 1 or softcap is not None:
+    if head.scale != 1 or head.softcap is not None:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return shape_scores(logits, scale, softcap)
+    return shape_scores(logits, head.scale, head.softcap)
 
 
 def _cross_entropy(scores: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -415,7 +398,7 @@ def _tile_loss(
     bias: Tensor | None,
     labels: Tensor,
     valid: Tensor,
-    shape: tuple[float, float | None, float, float],
+    head: LossHead,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the losses [n] of rows x [n, h], 0 where not valid, and the gradient of their sum by
@@ -428,8 +411,8 @@ def _tile_loss(
     that factor, and label smoothing e, with (1 - e) * one_hot + e / V in place of one_hot, are
     included only if needs_grad is True.
     """
-    scale, softcap, z_loss, smoothing = shape
-    scores = _scores(x, weight, bias, scale, softcap)
+    scale, softcap, z_loss = head.scale, head.softcap, head.z_loss
+    smoothing, scores = head.label_smoothing, _scores(x, weight, bias, head)
     slope = scale if softcap is None else scale * (1 - (scores / softcap) ** 2)
     each, index, log_probabilities = _cross_entropy(scores, labels, valid)
     if not needs_grad:

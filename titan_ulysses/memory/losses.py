@@ -68,7 +68,7 @@ def token_statistics(
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy of each label [n], 0 where there is none."""
-    return -_log_probs(logits, labels, labels != IGNORE_INDEX, 1.0)
+    return -_log_probs(logits, labels, labels != IGNORE_INDEX)
 
 
 def smoothed_cross_entropies(logits: Tensor, labels: Tensor, *, smoothing: float) -> Tensor:
@@ -261,11 +261,16 @@ def shape_scores(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _log_probs(logits: Tensor, labels: Tensor, valid: Tensor, temperature: float) -> Tensor:
+def _log_probs(logits: Tensor, labels: Tensor, valid: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the log-probabilities [n] of the labels, 0 where there is none."""
     index = labels.where(valid, 0).unsqueeze(-1)
     log_p = (logits / temperature).log_softmax(dim=-1)
     return log_p.gather(-1, index).squeeze(-1).where(valid, 0)
+
+
+def name_of(function: LossFunction) -> str:
+    """Return the name of a loss function, for messages; of a partial one that of what it calls."""
+    return getattr(getattr(function, "func", function), "__name__", repr(function))
 
 
 @torch.no_grad()
@@ -277,9 +282,7 @@ def check_is_sum(function: LossFunction, logits: Tensor, labels: Tensor, **token
     """
     half = (len(labels) + 1) // 2
     count, whole = len(labels), function(logits, labels, **tokens)
-    name = getattr(function, "__name__", None) or getattr(
-        getattr(function, "func", None), "__name__", repr(function)
-    )
+    name = name_of(function)
     if not isinstance(whole, Tensor) or whole.shape not in ((), (count,)):
         raise UserError(
             f"loss_function {name} returned {type(whole).__name__} of shape "

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.checkpoint.initial import initialize
-from titan_ulysses.config.schema import PREFERENCES, REFERRING
+from titan_ulysses.config.schema import REFERRING, Loss
 from titan_ulysses.data.loader import Batch, Loader
 from titan_ulysses.distributed.device import copied_to
 from titan_ulysses.distributed.errors import UserError
@@ -54,7 +54,7 @@ from titan_ulysses.train.evaluation import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from titan_ulysses.config.schema import Config, Loss
+    from titan_ulysses.config.schema import Config
     from titan_ulysses.setup.resolve import RunSpec
 
 
@@ -98,11 +98,20 @@ class TrainingLoss(ABC):
     setting = ""
     """The key of [loss] that names the folder of the second model."""
 
-    def __init__(self, model: PreTrainedModel, mesh: Mesh, frozen: PreTrainedModel | None = None):
-        self.model, self.mesh = model, mesh
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        mesh: Mesh,
+        frozen: PreTrainedModel | None = None,
+        config: Loss | None = None,
+        *,
+        stored: int | None = None,
+    ):
+        """stored: the checksum of a second model whose results come with the batches."""
+        self.model, self.mesh, self.config = model, mesh, config or Loss()
         self.frozen = frozen
         """The second model; None where there is none."""
-        self._fingerprint: int | None = None
+        self._fingerprint = stored
 
     @abstractmethod
     def count(self, batches: list[Batch]) -> Tensor:
@@ -149,35 +158,32 @@ class TrainingLoss(ABC):
 class CrossEntropy(TrainingLoss):
     """The cross-entropy of the next token, and of the one after it where a layer predicts that.
 
-    prediction_weight is the weight of the latter, which is a mean over its own labels.
+    The latter is a mean over its own labels.
     """
 
-    prediction_weight = 0.0
-
     def describe(self, config: Config) -> str:
-        smoothing, more = config.loss.label_smoothing, ""
+        smoothing, weight, more = self.config.label_smoothing, self.config.prediction_weight, ""
         if smoothing:
             more += f", label smoothing {smoothing:g}"
-        if self.prediction_weight:
-            more += f", and {self.prediction_weight:g} of that of the prediction layer"
+        if weight:
+            more += f", and {weight:g} of that of the prediction layer"
         return f"loss: cross-entropy{more}" if more else ""
 
     def count(self, batches: list[Batch]) -> Tensor:
         labels = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
-        if self.prediction_weight:
+        if self.config.prediction_weight:
             ahead = torch.stack([(batch.next_labels != IGNORE_INDEX).sum() for batch in batches])
             labels = torch.stack([labels, ahead.sum()])
         dist.all_reduce(labels, group=self.mesh.loss.get_group())
         return labels
 
     def forward(self, batch: Batch, count: Tensor) -> BatchLoss:
-        own, metrics = self._loss_function(batch), {}
-        if self.prediction_weight:
+        own, metrics, weight = self._loss_function(batch), {}, self.config.prediction_weight
+        if weight:
             count, ahead = count.unbind()
-            next_tokens = batch.next_ids, batch.next_labels
-            own["prediction"] = Prediction(self.prediction_weight, ahead, *next_tokens)
+            own["prediction"] = Prediction(weight, ahead, batch.next_ids, batch.next_labels)
         output = self.model(**batch.inputs(), num_items_in_batch=count, **own)
-        if self.prediction_weight:
+        if weight:
             metrics["prediction_loss"] = self.model.sharding.prediction_loss
         # A model that was parallelized in another way has another head.
         rows = getattr(self.model.get_output_embeddings(), "row_losses", None)
@@ -219,18 +225,9 @@ class PreferenceLoss(TrainingLoss):
 
     setting = "reference"
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        mesh: Mesh,
-        frozen: PreTrainedModel | None,
-        config: Loss,
-        *,
-        stored: int | None = None,
-    ):
-        super().__init__(model, mesh, frozen)
-        self.config, self._fingerprint = config, stored
-        self.refers = config.name in REFERRING
+    @property
+    def refers(self) -> bool:
+        return self.config.name in REFERRING
 
     def count(self, batches: Iterable[Batch]) -> Tensor:
         """Return the number of pairs, and that of labels of the chosen with their prompts."""
@@ -485,17 +482,6 @@ class Distillation(CrossEntropy):
 
     setting = "teacher"
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        mesh: Mesh,
-        frozen: PreTrainedModel | None,
-        config: Loss,
-    ):
-        super().__init__(model, mesh, frozen)
-        self.config = config
-        self._function: Callable[..., Tensor] | None = None
-
     def describe(self, config: Config) -> str:
         teacher = self.config.teacher or "a teacher's log-probabilities in the data,"
         return (
@@ -550,15 +536,14 @@ def build_loss(
     stored: the checksum of the reference whose log-probabilities come with the batches; no model is
     built then.
     """
-    config = spec.config.loss
-    if config.name == "cross_entropy":
-        loss = CrossEntropy(model, mesh)
-        loss.prediction_weight = config.prediction_weight
-        return loss
-    frozen = None
+    config, frozen = spec.config.loss, None
     if spec.frozen is not None and stored is None:
         frozen = build_frozen(spec.frozen, mesh, wrap=wrap)
-    if config.name in PREFERENCES:
-        kind = {"kto": KTO, "reward": BradleyTerry}.get(config.name, PreferenceLoss)
-        return kind(model, mesh, frozen, config, stored=stored)
-    return Distillation(model, mesh, frozen, config)
+    kinds: dict[str, type[TrainingLoss]] = {
+        "cross_entropy": CrossEntropy,
+        "distillation": Distillation,
+        "kto": KTO,
+        "reward": BradleyTerry,
+    }
+    kind = kinds.get(config.name, PreferenceLoss)
+    return kind(model, mesh, frozen, config, stored=stored)
