@@ -6,9 +6,9 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=$ROOT/.venv/bin/python
 # Python compiles what is imported, and keeps it: pip would compile all files, which takes a minute of a core.
 unset PYTHONDONTWRITEBYTECODE
-# Installed again when pyproject.toml changes or more extras are asked for.
+# Installed again when pyproject.toml changes or extras are asked for that are not there.
 _wanted="$(cksum < "$ROOT/pyproject.toml") ${1:-}"
-if ! grep -qxF "$_wanted" "$ROOT/.venv/installed" 2>/dev/null; then
+if ! grep -q "^$_wanted${1:+\$}" "$ROOT/.venv/installed" 2>/dev/null; then
   echo "Installing into $ROOT/.venv (once; a few minutes) ..." >&2
   [ -x "$PYTHON" ] || python3 -m venv "$ROOT/.venv"
   "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile --editable "$ROOT${1:+[$1]}"

@@ -125,9 +125,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@lru_cache
 def runs(family: str, core: str) -> bool:
-    needs = attention_needs(hf.load_model_config("", model_of(family)))
-    return core == "sdpa" or "softcap" not in needs
+    return core == "sdpa" or "softcap" not in attention_needs(
+        hf.load_model_config("", model_of(family))
+    )
 
 
 def steps_of(lengths: str) -> list[list[list[Row]]]:

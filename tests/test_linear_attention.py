@@ -101,8 +101,8 @@ def slow_but(cases, kept) -> list:
 # --- every kind on every mesh ---------------------------------------------------------------------
 
 
-# Gated DeltaNet on dp2 x sp2: test_router_loss.
-ALWAYS = [*((kind, "sp3") for kind in KINDS), ("Mamba-2", "dp2 x sp2")]
+# Gated DeltaNet on dp2 x sp2: test_router_loss; it and Mamba-2 on sp3: test_every_family.
+ALWAYS = [("convolution", "sp3"), ("Mamba-2", "dp2 x sp2")]
 
 
 @pytest.mark.parametrize(("kind", "mesh"), slow_but([*product(KINDS, MESHES)], ALWAYS))

@@ -42,11 +42,14 @@ def bench():
     return plan_accuracy
 
 
+MODEL = LLAMA | {"max_position_embeddings": 2**24}
+SHALLOW = {"model__config": MODEL | {"num_hidden_layers": 1}}
+"""Where many plans are made: each takes half the time."""
+
+
 def config(**settings) -> Config:
     """section__key = value, over a tiny llama."""
-    table: dict = {
-        "model": {"config": LLAMA | {"max_position_embeddings": 2**24}, "tokenizer": "bytes"}
-    }
+    table: dict = {"model": {"config": MODEL, "tokenizer": "bytes"}}
     table["training"] = {"seq_len": 4096}
     for key, value in settings.items():
         section, name = key.split("__")
@@ -372,13 +375,10 @@ def test_muon_is_planned():
 
 def test_accumulated_batches():
     """A step of several batches counts what they count; two or three are simulated."""
-    short = {"training__seq_len": 512}
-    one, five = plan_of(**short), plan_of(**short, training__global_batch_size=5)
-    gathers = [plan.simulation.collectives.get("all_to_all", (0, 0)) for plan in (one, five)]
-    assert gathers == [(0, 0), (0, 0)]
-    assert five.simulation.cost.flops == pytest.approx(5 * one.simulation.cost.flops, rel=0.05)
+    short = SHALLOW | {"training__seq_len": 512}
     pair = short | {"parallelism__sequence_parallel_degree": 2}
     one, five = plan_of(**pair), plan_of(**pair, training__global_batch_size=5)
+    assert five.simulation.cost.flops == pytest.approx(5 * one.simulation.cost.flops, rel=0.05)
     calls, size = one.simulation.collectives["all_to_all"]
     assert five.simulation.collectives["all_to_all"] == (5 * calls, 5 * size)
     # KTO runs each of several batches twice, and a single one once.
@@ -412,8 +412,8 @@ def test_the_longest_sequence_of_a_step_that_may_not_be_longer():
         lengths.append(setup.config.training.seq_len)
         return make_plan(setup)
 
-    seconds = plan_of(training__seq_len=8192).time.seconds
-    found = longest(set_up(config(plan__max_step_seconds=seconds)), plan=counted)
+    seconds = plan_of(**SHALLOW, training__seq_len=8192).time.seconds
+    found = longest(set_up(config(**SHALLOW, plan__max_step_seconds=seconds)), plan=counted)
     assert 8000 < found.seq_len <= 8192 and found.time.seconds <= seconds
     assert len(lengths) <= 5, "it simulates too many lengths"
 
@@ -429,9 +429,7 @@ def test_the_longest_sequence_that_a_host_has_room_for():
         lengths.append(setup.config.training.seq_len)
         return make_plan(setup)
 
-    one_layer = LLAMA | {"num_hidden_layers": 1, "max_position_embeddings": 2**24}
-    streamed = {"memory__stream_chunk_tokens": 1024, "memory__stream_offload": "host"}
-    streamed["model__config"] = one_layer
+    streamed = {"memory__stream_chunk_tokens": 1024, "memory__stream_offload": "host"} | SHALLOW
     room = plan_of(**streamed, training__seq_len=20_480).host_bytes / 2**30
     setup = set_up(config(**streamed, plan__host_memory_gib=0.9 * room))
     found = longest(setup, near=16_384, plan=counted)
@@ -981,7 +979,7 @@ def test_what_other_choices_make_of_a_run():
     from titan_ulysses.plan.run_cost import best_change, costs_at_lengths, half_as_fast, run_cost
 
     of_run = {"plan__tokens": 10**9, "plan__gpu_hour_price": 3.0}
-    two = {"parallelism__sequence_parallel_degree": 2}
+    two = SHALLOW | {"parallelism__sequence_parallel_degree": 2}
     plan = plan_of(**of_run, **two)
     costs = dict(costs_at_lengths(plan))
     assert list(costs) == [2048, 4096, 8192]
@@ -1103,7 +1101,7 @@ def test_a_sequence_that_spans_nodes(tmp_path, capsys):
     from titan_ulysses.distributed.hardware import GPUS
     from titan_ulysses.plan.report import as_json, plan_and_report
 
-    sequence = {"parallelism__sequence_parallel_degree": 4, "plan__world_size": 8}
+    sequence = SHALLOW | {"parallelism__sequence_parallel_degree": 4, "plan__world_size": 8}
     # Too small a GPU for any length, so that no other ones are planned to find the longest one.
     small = {"job__dump_folder": str(tmp_path), "plan__gpu_memory_gib": 1.0}
     plan_and_report(config(**sequence, **small, plan__gpus_per_node=2))

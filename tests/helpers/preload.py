@@ -15,6 +15,8 @@ for _name in (
     "tensorboard.summary.writer.record_writer",
 ):
     importlib.import_module(_name)
+# transformers compiles a thousand patterns for the first weights that are read or written.
+importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("")
 
 gc.freeze()
 gc.enable()

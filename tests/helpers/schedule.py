@@ -2,8 +2,8 @@
 
 xdist hands out files by their number of tests. Those that start processes, and wait for them, have
 few tests that take long. So they would come last, two at a time, and one worker would end minutes
-before the other. Here one worker takes these files, and the others those that compute, until one
-kind is used up.
+before the other. Here one worker takes these files, and then the few with few tests that compute
+long, and the others those that compute, until one kind is used up.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ WAITING = (
     "hang",
     "console",
     "network",
+    "vision_runs",
+    "compile",
+    "interchange",
+    "validation_sets",
 )
-"""The longest first."""
+"""The longest first; from vision_runs on they compute."""
 
 
 class OneWaits(LoadFileScheduling):

@@ -166,7 +166,8 @@ def initialize_adapters(model: nn.Module, seed: int) -> None:
             hf.swap_parameters(a, {"weight": whole[a]}),
             hf.swap_parameters(b, {"weight": whole[b]}),
         ):
-            torch.manual_seed(seed_of(seed, f"{name.removesuffix('.weight')}.lora"))
+            number = seed_of(seed, f"{name.removesuffix('.weight')}.lora")
+            torch.default_generator.manual_seed(number)
             layer.reset_lora_parameters(ADAPTER, True)
         for module, values in whole.items():
             hf.fill(module.weight, values)

@@ -9,7 +9,7 @@ from torch import nn
 
 from titan_ulysses.config.schema import Optimizer as OptimizerConfig
 from titan_ulysses.model.parameter_names import matching, plain
-from titan_ulysses.optim.adamw import BITS, ShardwiseAdamW
+from titan_ulysses.optim.adamw import BITS, AdamW, ShardwiseAdamW
 from titan_ulysses.optim.muon import Muon, muon_groups
 
 
@@ -50,7 +50,7 @@ def build_optimizer(
             groups, **options, bits=bits, stochastic_rounding=stochastic_rounding, offload=offload
         )
     else:
-        optimizer = torch.optim.AdamW(groups, **options, fused=True)
+        optimizer = AdamW(groups, **options, fused=True)
     if skips:
         optimizer.found_inf = torch.zeros((), device=trained[0].device)
     return optimizer
