@@ -18,7 +18,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from helpers.runs import write_run
 from titan_ulysses.config.schema import SourceSettings
-from titan_ulysses.data.chat import encode_question
+from titan_ulysses.data.chat import encode_question, tokens_by_role
 from titan_ulysses.data.encoding import Encoder
 from titan_ulysses.data.records import BadRow, Chat, Row, read_record
 from titan_ulysses.distributed.errors import RefusedRow, UserError
@@ -632,6 +632,18 @@ def test_show_data(tmp_path, backend: Tokenizer, capsys: pytest.CaptureFixture[s
     assert "".join(re.findall(r"\[\[(.*?)\]\]", printed, re.DOTALL)) == tokenizer.decode(trained)
     page = (ROOT / "docs" / "data.md").read_text()
     assert f"```console\n{printed}```" in page, printed
+
+
+def test_tokens_by_role_where_earlier_thoughts_are_left_out(backend: Tokenizer) -> None:
+    tokenizer = tokenizer_with(backend, FORGETFUL)
+    said = [("user", "a"), ("assistant", "b</think>c"), ("user", "d")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    turns = [tokenizer.apply_chat_template([one], tokenize=False) for one in messages]
+    user, answer, more = (len(tokenizer(one, add_special_tokens=False).input_ids) for one in turns)
+    counts = tokens_by_role(tokenizer, Chat(messages, None))
+    assert counts == {"user": user + more, "assistant": answer}
+    with pytest.raises(RefusedRow, match="writes message 3 otherwise once another one follows"):
+        tokens_by_role(tokenizer, Chat([*messages[:2], messages[1]], None))
 
 
 def test_a_question_is_what_a_user_says_and_the_beginning_of_an_answer(backend: Tokenizer) -> None:

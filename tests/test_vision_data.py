@@ -303,7 +303,7 @@ def test_placeholders_of_other_families(tmp_path: Path) -> None:
         ids = processor.tokenizer.convert_tokens_to_ids(token.strip())
         vision = VisionProcessor(processor, SimpleNamespace(image_token_id=ids, model_type=name))
         vision.__dict__["_positions"] = None
-        read = vision.read(text, tuple(media))
+        read, offsets = vision.read(text, tuple(media))
         plain = processor(text=[text], images=[images], return_tensors="pt")
         assert read.ids.tolist() == plain["input_ids"][0].tolist(), name
         assert sum(one.features for one in read.visuals) == int((read.ids == ids).sum()) > 8, name
@@ -311,7 +311,7 @@ def test_placeholders_of_other_families(tmp_path: Path) -> None:
         pixels = [vision.pixels(*pair) for pair in zip(media, read.visuals, strict=True)]
         assert all("pixel_values" in one for one in pixels), name
         # The letters stand for themselves, and every placeholder for its own.
-        borders = [text[a:b] for a, b in read.offsets.tolist()]
+        borders = [text[a:b] for a, b in offsets.tolist()]
         assert borders[0] == "a" and borders[-1] == "c" and borders[1] == token.strip()
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -116,13 +116,11 @@ def _read(
         found = tokenized(tokenizer, sample.text, return_offsets_mapping=True)
         ids = np.array(found["input_ids"], dtype=np.uint32)
         return Encoded(ids, _overlapping(found["offset_mapping"], sample.spans))
-    read = vision.read(sample.text, chat.media)
-    trained = _overlapping(read.offsets, sample.spans)
-    for begin, end in (span for visual in read.visuals for span in visual.spans):
+    encoded, offsets = vision.read(sample.text, chat.media)
+    trained = _overlapping(offsets, sample.spans)
+    for begin, end in (span for visual in encoded.visuals for span in visual.spans):
         trained[begin:end] = False
-    return Encoded(
-        read.ids, trained, visuals=read.visuals, media=read.media, positions=read.positions
-    )
+    return encoded._replace(trained=trained)
 
 
 def _joined(samples: list[Encoded]) -> Encoded:
@@ -187,19 +185,23 @@ def tokens_by_role(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> dict[str, 
 
     A message is counted as it is written when it is the last one; what the template does not write
     without the next message, as a system message of some, is counted with that one. Images and
-    videos count as one token each.
+    videos count as one token each. Raise `RefusedRow` if the template does not show what it writes.
     """
     counts, before = dict.fromkeys((one["role"] for one in chat.messages), 0), ""
     for number, message in enumerate(chat.messages, start=1):
-        with suppress(RefusedRow):
+        try:
             text = _render(tokenizer, chat, number)
-            begin, before = len(before) if text.startswith(before) else None, text
-            if begin is None:  # earlier messages are written otherwise now: write this one twice
-                begin = len(text)
-                text = _render(
-                    tokenizer, chat._replace(messages=[*chat.messages[:number], message])
-                )
-            counts[message["role"]] += len(tokenized(tokenizer, text[begin:])["input_ids"])
+        except RefusedRow:
+            continue
+        begin, before = before, text
+        if not text.startswith(begin):  # earlier messages are written otherwise: write it twice
+            begin, twice = text, chat._replace(messages=[*chat.messages[:number], message])
+            text = _render(tokenizer, twice)
+        if not text.startswith(begin):
+            raise RefusedRow(
+                f"the chat template writes message {number} otherwise once another one follows"
+            )
+        counts[message["role"]] += len(tokenized(tokenizer, text[len(begin) :])["input_ids"])
     return counts
 
 

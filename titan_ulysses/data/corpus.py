@@ -214,16 +214,10 @@ class Corpus:
 
     def select(self, documents: np.ndarray) -> Corpus:
         """Return some of the documents, by index or mask. Tokens are not copied."""
-        document_ids = np.arange(len(self)) if self.document_ids is None else self.document_ids
-        return replace(
-            self,
-            begins=self.begins[documents],
-            ends=self.ends[documents],
-            document_ids=document_ids[documents],
-            splits=None if self.splits is None else self.splits[documents],
-            reference=None if self.reference is None else self.reference[documents],
-            desirable=None if self.desirable is None else self.desirable[documents],
-        )
+        ids = np.arange(len(self)) if self.document_ids is None else self.document_ids
+        names = ("begins", "ends", "splits", "reference", "desirable")
+        columns = {name: getattr(self, name) for name in names} | {"document_ids": ids}
+        return replace(self, **{k: x[documents] for k, x in columns.items() if x is not None})
 
     def numbers_at(self, places: Sequence[int]) -> list[int]:
         """Return the number in the data of the document at each place, an index into `tokens`."""

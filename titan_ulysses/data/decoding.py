@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from functools import partial
 
 import numpy as np
 import torch
 
-from titan_ulysses.data.encoding import become_worker
+from titan_ulysses.data.encoding import do_job, worker_pool
 from titan_ulysses.data.images import Kind, Pixels, Visual
 from titan_ulysses.data.media import Media
 from titan_ulysses.data.packing import SampleStream
@@ -43,28 +43,20 @@ class Decoder:
     """
 
     def __init__(self, vision: VisionProcessor, *, count: int) -> None:
-        self._vision = vision
         self.decoded: list[str] = []
         """where those are that were decoded here, for tests"""
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = min(_MOST_WORKERS, max(1, usable_cores() // ranks - 1))  # a core is the rank's
         self._pool: Executor
+        self._decode: Callable[..., dict[str, np.ndarray]] = partial(_decode, vision)
         if count <= FEW:
             self._pool = ThreadPoolExecutor(1, "decoder")
-            return
-        # Spawn, not fork: torch may have running threads.
-        self._pool = ProcessPoolExecutor(
-            workers,
-            mp_context=get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(vision,),
-        )
+        else:
+            self._pool, self._decode = worker_pool(workers, self._decode), do_job
 
     def start(self, media: Media, visual: Visual) -> Future[dict[str, np.ndarray]]:
         """Begin to decode one."""
-        if isinstance(self._pool, ThreadPoolExecutor):
-            return self._pool.submit(_decode, media, visual, self._vision)
-        return self._pool.submit(_decode, media, visual)
+        return self._pool.submit(self._decode, media, visual)
 
     def finish(self, media: Media, future: Future[dict[str, np.ndarray]]) -> Pixels:
         """Wait for one. Raise `UserError` if it cannot be decoded."""
@@ -88,20 +80,7 @@ class Decoder:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-_vision: VisionProcessor
-"""Of a worker process, once it has started."""
-
-
-def _start_worker(vision: VisionProcessor) -> None:
-    global _vision
-    _vision = vision
-    torch.set_num_threads(1)  # there is a process for each core already
-    become_worker()
-
-
-def _decode(
-    media: Media, visual: Visual, vision: VisionProcessor | None = None
-) -> dict[str, np.ndarray]:
+def _decode(vision: VisionProcessor, media: Media, visual: Visual) -> dict[str, np.ndarray]:
     """Decode one. numpy's arrays are sent as bytes, not as a file descriptor for each tensor."""
-    pixels = (vision or _vision).pixels(media, visual)
+    pixels = vision.pixels(media, visual)
     return {name: tensor.contiguous().numpy() for name, tensor in pixels.items()}

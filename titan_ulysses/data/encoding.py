@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -16,17 +16,10 @@ from multiprocessing import get_context, parent_process
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from titan_ulysses.data.chat import check_chat_template, encode_answer, encode_chat
-from titan_ulysses.data.records import (
-    BadRow,
-    Chat,
-    Completion,
-    Encoded,
-    Judged,
-    Preference,
-    Row,
-)
+from titan_ulysses.data.records import Answers, BadRow, Chat, Completion, Encoded, Row
 from titan_ulysses.data.tokenizer import encode, num_token_ids
 from titan_ulysses.distributed.errors import RefusedRow, UserError
 
@@ -75,16 +68,12 @@ class Encoder:
             )
         return encoded
 
-    def _encode(
-        self, content: str | bytes | Completion | Chat | Preference | Judged | Encoded
-    ) -> Encoded:
+    def _encode(self, content: str | bytes | Completion | Chat | Answers | Encoded) -> Encoded:
         tokenizer = self.tokenizer
         if isinstance(content, Encoded):
             return self._checked(content)
-        if isinstance(content, Preference):
-            return self._pair(content)
-        if isinstance(content, Judged):
-            return self._judged(content)
+        if isinstance(content, Answers):
+            return self._answers(content)
         if isinstance(content, Chat):
             return encode_chat(tokenizer, content, train_on=self.train_on, vision=self.vision)
         if isinstance(content, Completion):
@@ -98,22 +87,19 @@ class Encoder:
         ids = np.concatenate([before, encode(self.tokenizer, completion)])
         return ids, (np.arange(len(ids)) >= len(before)) & bool(completion)
 
-    def _pair(self, pair: Preference) -> Encoded:
-        """Encode the prompt with the chosen completion, and behind it with the rejected one."""
-        found = [
-            self._answer(pair.prompt, pair.chosen, "chosen completion"),
-            self._answer(pair.prompt, pair.rejected, "rejected completion"),
-        ]
+    def _answers(self, row: Answers) -> Encoded:
+        """Encode the prompt with its completion; of two, one behind the other."""
+        is_pair = row.desirable is None
+        names = ("chosen completion", "rejected completion") if is_pair else ("completion",)
+        named = zip(row.completions, names, strict=True)
+        found = [self._answer(row.prompt, one, name) for one, name in named]
         ids, trained = map(np.concatenate, zip(*found, strict=True))
-        return Encoded(ids, trained, split=len(found[0][0]), parsed_calls=pair.parsed_calls)
-
-    def _judged(self, row: Judged) -> Encoded:
-        ids, trained = self._answer(row.prompt, row.completion, "completion")
-        begins = int(trained.argmax())
-        if not begins:
+        split = len(found[0][0]) if is_pair else int(trained.argmax())
+        if not split:
             raise RefusedRow("its prompt has no token, and KTO needs prompts")
-        calls = row.parsed_calls
-        return Encoded(ids, trained, split=begins, parsed_calls=calls, desirable=row.desirable)
+        return Encoded(
+            ids, trained, split=split, parsed_calls=row.parsed_calls, desirable=row.desirable
+        )
 
     def _answer(self, prompt: Any, completion: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of a prompt and a completion, and which of them are the completion's."""
@@ -191,11 +177,7 @@ def encode_rows(
     if workers == 1:
         yield from map(encoder, rows)
         return
-    # Spawn, not fork: torch and the tokenizer may have running threads.
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(encoder,)
-    )
-    waiting: deque = deque()
+    pool, waiting = worker_pool(workers, encoder), deque[Any]()
     try:
         for chunk in _chunks(rows):
             waiting.append(pool.submit(_encode_chunk, chunk))
@@ -218,7 +200,7 @@ def size_of(row: Row | BadRow) -> int:
     if isinstance(content, Chat):
         texts = sum(len(str(message.get("content", ""))) for message in content.messages)
         return texts + sum(_IMAGE_CHARACTERS + len(one.data) for one in content.media)
-    if isinstance(content, Preference | Judged):
+    if isinstance(content, Answers):
         return len(str(content))
     if isinstance(content, Encoded):
         return len(content.ids) + (0 if content.teacher is None else content.teacher.size)
@@ -237,19 +219,28 @@ def _chunks(rows: Iterable[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
         yield chunk
 
 
-_encoder: Encoder
+_job: Callable[..., Any]
 """Of a worker process, once it has started."""
 
 
-def _start_worker(encoder: Encoder) -> None:
-    global _encoder
-    _encoder = encoder
-    become_worker()
+def worker_pool(workers: int, job: Callable[..., Any]) -> ProcessPoolExecutor:
+    """Return processes that each get `job` once, and then do it on what is given to `do_job`."""
+    # Spawn, not fork: torch and the tokenizer may have running threads.
+    return ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(job,)
+    )
 
 
-def become_worker() -> None:
+def do_job(*given: Any) -> Any:
+    return _job(*given)
+
+
+def _start_worker(job: Callable[..., Any]) -> None:
     """Prepare a worker process: it leaves Ctrl-C to its parent, and ends with it."""
+    global _job
+    _job = job
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process per core already
+    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -261,4 +252,4 @@ def _end_with_parent() -> None:
 
 
 def _encode_chunk(chunk: list[Row | BadRow]) -> list[Encoded | BadRow]:
-    return [_encoder(row) for row in chunk]
+    return [_job(row) for row in chunk]

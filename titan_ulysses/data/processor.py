@@ -9,20 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from titan_ulysses.config.schema import Config
 from titan_ulysses.data.images import KINDS, Pixels, Visual, cost_of
-from titan_ulysses.data.media import (
-    Media,
-    decode_image,
-    decode_video,
-    image_size,
-    video_frames,
-)
+from titan_ulysses.data.media import Media, decode_image, decode_video, image_size, video_frames
+from titan_ulysses.data.records import Encoded
 from titan_ulysses.data.tokenizer import BYTES
 from titan_ulysses.distributed.errors import RefusedRow, UserError, one_line
 
@@ -30,11 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, ProcessorMixin
     from transformers.video_utils import VideoMetadata
 
-_LAYOUT_ONLY = {
-    "do_rescale": False,
-    "do_normalize": False,
-    "input_data_format": "channels_first",
-}
+_LAYOUT_ONLY = {"do_rescale": False, "do_normalize": False, "input_data_format": "channels_first"}
 """Normalization reads values, which an image on the meta device has not."""
 
 
@@ -60,21 +51,6 @@ def open_vision(config: Config, model_config: PreTrainedConfig) -> VisionProcess
     )
 
 
-class ReadChat(NamedTuple):
-    """A text with images as the model reads it."""
-
-    ids: np.ndarray
-    """[tokens] uint32"""
-    offsets: np.ndarray
-    """[tokens, 2] int64: the characters of the text that each token stands for. Those that a
-    placeholder is replaced by stand for the placeholder."""
-    visuals: tuple[Visual, ...]
-    media: tuple[Media, ...]
-    """of each of them, where its pixels are"""
-    positions: np.ndarray | None
-    """[tokens, axes] int32; None in families that count from 0 along one axis"""
-
-
 @dataclass(frozen=True)
 class VisionProcessor:
     """A processor with the settings of [data]. It is pickled and sent to worker processes."""
@@ -88,11 +64,12 @@ class VisionProcessor:
     decodes: bool = False
     """look at the pixels while the data is prepared"""
 
-    def read(self, text: str, media: tuple[Media, ...]) -> ReadChat:
-        """Return the tokens of a text that the chat template wrote.
+    def read(self, text: str, media: tuple[Media, ...]) -> tuple[Encoded, np.ndarray]:
+        """Return a text that the chat template wrote, as the model reads it, and its offsets.
 
-        media: those of the whole chat, of which the text has the first ones. Raise `RefusedRow` if
-        one of them cannot be used.
+        Those are [tokens, 2] int64, the characters of the text that each token stands for; what a
+        placeholder is replaced by stands for the placeholder. media: those of the whole chat, of
+        which the text has the first ones. Raise `RefusedRow` if one of them cannot be used.
         """
         shown = self._shown(text, media)
         layout = self._layout(text, shown)
@@ -112,7 +89,8 @@ class VisionProcessor:
         if self._positions:
             axes = self._positions(torch.from_numpy(ids.astype(np.int64)), visuals)
             positions = axes.T.numpy().astype(np.int32)
-        return ReadChat(ids, offsets, tuple(visuals), tuple(found), positions)
+        its = {"visuals": tuple(visuals), "media": tuple(found), "positions": positions}
+        return Encoded(ids, **its), offsets
 
     def placeholder(self, kind: str) -> int:
         """Return the id of the token that stands for a feature row of an image or video."""

@@ -57,23 +57,16 @@ class Chat(NamedTuple):
     """the images and videos of the messages, in their order"""
 
 
-class Preference(NamedTuple):
-    """A prompt and two completions of it: three texts (str), or three lists of messages."""
+class Answers(NamedTuple):
+    """A prompt and completions of it, all texts (str), or all lists of messages."""
 
     prompt: Any
-    chosen: Any
-    rejected: Any
+    completions: tuple[Any, ...]
+    """the chosen and the rejected one, or one"""
+    desirable: bool | None = None
+    """whether the only completion is good; None: there are two"""
     parsed_calls: int = 0
     """tool calls whose arguments were JSON text, see `_parse_calls`"""
-
-
-class Judged(NamedTuple):
-    """A prompt and a completion, as two texts or two lists of messages, and whether it is good."""
-
-    prompt: Any
-    completion: Any
-    desirable: bool
-    parsed_calls: int = 0
 
 
 class Encoded(NamedTuple):
@@ -86,7 +79,7 @@ class Encoded(NamedTuple):
     lengths: tuple[int, ...] | None = None
     """the lengths of the documents of the row, in order; None: it is one."""
     split: int | None = None
-    """where the second document of a pair begins, or the completion of a `Judged`; None: neither"""
+    """where the second document of a pair begins, or the completion of KTO; None: neither"""
     teacher: np.ndarray | None = None
     """[tokens, k] TOP: a teacher's largest log-probabilities; None: none."""
     parsed_calls: int = 0
@@ -123,7 +116,7 @@ class Encoded(NamedTuple):
 class Row(NamedTuple):
     place: str
     """the file's name and the line or row in it, for messages"""
-    content: str | bytes | Completion | Chat | Preference | Judged | Encoded
+    content: str | bytes | Completion | Chat | Answers | Encoded
 
 
 class BadRow(NamedTuple):
@@ -295,7 +288,7 @@ def _read_chat(record: dict[str, Any], source: SourceSettings, place: str, folde
     return Chat(messages, _without_nulls(tools) or None, frozenset(untrained), calls, media)
 
 
-def _read_preference(record: dict[str, Any], source: SourceSettings) -> Preference:
+def _read_preference(record: dict[str, Any], source: SourceSettings) -> Answers:
     """Read texts, or lists of messages.
 
     Where there is no list of messages with the prompt, both completions are whole conversations,
@@ -303,9 +296,9 @@ def _read_preference(record: dict[str, Any], source: SourceSettings) -> Preferen
     """
     name, fields = source.prompt_field or "prompt", field_names(source)
     values: list[Any] = [record.get(key) for key in (name, *fields)]
-    if all(isinstance(value, str) for value in values):
-        return Preference(*values)
     prompt, chosen, rejected = values
+    if all(isinstance(value, str) for value in values):
+        return Answers(prompt, (chosen, rejected))
     for key in fields:
         _check_messages(record, key)
     if not _are_messages(prompt):
@@ -317,30 +310,29 @@ def _read_preference(record: dict[str, Any], source: SourceSettings) -> Preferen
                 "the same messages"
             )
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    prompt, chosen, rejected = map(_without_nulls, (prompt, chosen, rejected))
-    _refuse_media(prompt, chosen, rejected)
-    parsed = sum(map(_parse_calls, (prompt, chosen, rejected)))
-    return Preference(prompt, chosen, rejected, parsed)
+    return _answers(prompt, (chosen, rejected))
 
 
-def _read_judged(record: dict[str, Any], source: SourceSettings) -> Judged:
+def _read_judged(record: dict[str, Any], source: SourceSettings) -> Answers:
     """Read a prompt and a completion, texts or lists of messages, and the label, true or false."""
     names, label = field_names(source), record.get(source.label_field)
     if not (isinstance(label, bool) or (isinstance(label, int) and label in (0, 1))):
         raise _missing(record, source.label_field, "true or false")
     prompt, completion = (record.get(name) for name in names)
     if isinstance(prompt, str) and isinstance(completion, str):
-        return Judged(prompt, completion, bool(label))
+        return Answers(prompt, (completion,), bool(label))
     for name in names:
         _check_messages(record, name)
-    prompt, completion = map(_without_nulls, (prompt, completion))
-    _refuse_media(prompt, completion)
-    return Judged(prompt, completion, bool(label), _parse_calls(prompt) + _parse_calls(completion))
+    return _answers(prompt, (completion,), bool(label))
 
 
-def _refuse_media(*conversations: list[dict[str, Any]]) -> None:
-    if any(map(has_media, conversations)):
+def _answers(prompt: Any, completions: tuple[Any, ...], desirable: bool | None = None) -> Answers:
+    """Return a prompt and completions that are lists of messages."""
+    prompt, *others = map(_without_nulls, (prompt, *completions))
+    if any(map(has_media, (prompt, *others))):
         raise RefusedRow('it has an image or video, which only data.source = "chat" may have')
+    calls = sum(map(_parse_calls, (prompt, *others)))
+    return Answers(prompt, tuple(others), desirable, calls)
 
 
 def _check_messages(record: dict[str, Any], name: str) -> None:

@@ -34,7 +34,7 @@ from titan_ulysses.data.processor import open_vision
 from titan_ulysses.data.records import BadRow, Chat, Encoded, Row
 from titan_ulysses.data.sources import open_rows
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
-from titan_ulysses.distributed.errors import UsageError
+from titan_ulysses.distributed.errors import RefusedRow, UsageError
 from titan_ulysses.model.hf import load_model_config
 from titan_ulysses.tools import parser_of
 
@@ -113,14 +113,17 @@ def show_source(
         raise UsageError(f"{setting} is not set: give a file or folder to read")
     tokenizer = encoder.tokenizer
     encoder.check(source.source)
-    shown, counts, roles = 0, [], Counter[str]()
+    shown, counts, roles, unknown = 0, [], Counter[str](), ""
     for row, encoded in first_rows(source, encoder, setting=setting, count=rows):
         shown, place = shown + 1, row.place
         if isinstance(encoded, BadRow):
             console.print(Text(f"--- {place}: cannot be used: {encoded.reason}", style="bold red"))
             continue
         if isinstance(row, Row) and isinstance(row.content, Chat):
-            roles.update(tokens_by_role(tokenizer, row.content))
+            try:
+                roles.update(tokens_by_role(tokenizer, row.content))
+            except RefusedRow as error:
+                unknown = f" (without {place} and others like it: {error})"
         documents = [*encoded.documents()]
         for number, document in enumerate(documents, start=1):
             tokens = len(document.ids)
@@ -138,10 +141,12 @@ def show_source(
         f"which {trained:,} are trained on"
     )
     console.print(Text(total, style="bold"))
-    if roles:
+    if roles or unknown:
         more = {} if source.train_on == "all" else {"assistant": f" ({trained:,} trained on)"}
         each = ", ".join(f"{role} {count:,}{more.get(role, '')}" for role, count in roles.items())
-        console.print(Text(f"{setting}: tokens by role: {each}", style="bold"))
+        console.print(
+            Text(f"{setting}: tokens by role: {each or 'not known'}{unknown}", style="bold")
+        )
 
 
 def main(argv: list[str]) -> None:
