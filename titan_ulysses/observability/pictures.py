@@ -26,16 +26,16 @@ def has_matplotlib() -> bool:
 
 @contextmanager
 def picture(
-    path: Path | IO[str], *, size: tuple[float, float], panels: tuple[int, int] = (1, 1)
+    *paths: Path | IO[str], size: tuple[float, float], panels: tuple[int, int] = (1, 1)
 ) -> Iterator[Any]:
-    """Yield (figure, axes) to draw on, and save the picture to path, or as SVG to an open file.
+    """Yield (figure, axes) to draw on, and save the picture to paths, or as SVG to open files.
 
     size: width and height in inches. panels: (rows, columns); with several panels, axes is a flat
     list of Axes. No window is opened, and the caller's settings of matplotlib do not change.
     UserError where matplotlib is not installed.
     """
     if not has_matplotlib():
-        raise UserError(f"{path}: pictures need matplotlib: pip install matplotlib")
+        raise UserError(f"{paths[0]}: pictures need matplotlib: pip install matplotlib")
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -53,7 +53,9 @@ def picture(
         FigureCanvasAgg(figure)
         axes = figure.subplots(*panels, squeeze=False).flatten().tolist()
         yield figure, axes[0] if len(axes) == 1 else axes
-        if not isinstance(path, Path):
-            return figure.savefig(path, format="svg")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
+        for path in paths:
+            if isinstance(path, Path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                figure.savefig(path, dpi=130)
+            else:
+                figure.savefig(path, format="svg")

@@ -159,7 +159,7 @@ class MemoryTracker(History, TorchDispatchMode):
         if func is _WAIT:
             # It returns its argument. On fake tensors it would make a new tensor.
             return args[0]
-        if FakeTensor not in types and _is_real(types, args, kwargs):
+        if FakeTensor not in types and (_is_apart(func) or _is_real(types, args, kwargs)):
             # Real tensors, such as the state of a random number generator, stay real.
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
@@ -395,6 +395,7 @@ _DEVICE, _META = torch.ops.prim.device.default, torch.device("meta")
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
 _SCALAR = torch.ops.aten._local_scalar_dense.default
 _EMPTY_STRIDED = torch.ops.aten.empty_strided.default
+_PROMOTE = torch.ops.aten.promote_types.default
 _CASTS = {torch.ops.aten._to_copy.default}
 _COPIES = _CASTS | {torch.ops.aten.copy_.default}
 
@@ -416,16 +417,19 @@ def creating_functions() -> tuple[str, ...]:
     """
     found: list[str] = []
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and len(found) < _MAKERS:
+    while frame is not None:
         code = frame.f_code
         # By id, because the hash of a code object is that of all that it consists of.
-        _, name = _known_makers.get(id(code)) or _known_makers.setdefault(
-            id(code), (code, _maker(code))
-        )
-        if name == "checkpointing._run":
-            break
-        if name and name not in found:
-            found.append(name)
+        known = _known_makers.get(id(code))
+        if known is None:
+            known = _known_makers[id(code)] = code, _maker(code)
+        if name := known[1]:
+            if name == "checkpointing._run":
+                break
+            if name not in found:
+                found.append(name)
+                if len(found) == _MAKERS:
+                    break
         frame = frame.f_back
     return tuple(found)
 
@@ -465,6 +469,11 @@ def _are_plain(types: frozenset[type] | tuple[type, ...]) -> bool:
         or getattr(t, "__torch_dispatch__", None) is torch._C._disabled_torch_dispatch_impl
         for t in types
     )
+
+
+def _is_apart(func) -> bool:
+    """Return whether func neither takes nor makes a tensor."""
+    return func is _PROMOTE or func.namespace == "profiler"
 
 
 def _is_real(types, args, kwargs) -> bool:

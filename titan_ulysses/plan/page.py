@@ -27,7 +27,7 @@ def write_plan_page(
     summary: str,
     steps: Sequence[SearchResult],
 ) -> Path:
-    """Write the section of a plan into report.html of its folder.
+    """Write the section of a plan into report.html of its folder, and its pictures beside it.
 
     values: those of plan.json. summary: what would fit, in words. steps: those of the ladder.
     """
@@ -51,9 +51,9 @@ def write_plan_page(
         exact = "" if values["longest_seq_len_verified"] else "about "
         rows.append(("longest sequence", f"{exact}{values['longest_seq_len']:,} tokens"))
     section.table(["", ""], rows)
-    _memory(section, plan)
+    _memory(section, plan, folder)
     _time(section, plan)
-    _what_would_fit(section, values, steps)
+    _what_would_fit(section, values, steps, folder)
     if plan.notes:
         section.heading("Notes")
         section.text(*plan.notes)
@@ -61,9 +61,10 @@ def write_plan_page(
     return write_page(folder, section, title=setup.config.job.name)
 
 
-def _memory(section: PageSection, plan: Plan) -> None:
+def _memory(section: PageSection, plan: Plan, folder: Path) -> None:
     section.heading("Memory of one GPU over the step")
-    section.figure("By part, over the planned time of a step", partial(plots.timeline, plan))
+    draw = partial(plots.timeline, plan, folder / "plan_memory.png")
+    section.figure("By part, over the planned time of a step", draw)
     section.heading("Memory at the peak, by part")
     section.figure(
         f"The peak is in {moment_name(plan.peak.moment)}",
@@ -99,11 +100,12 @@ def _time(section: PageSection, plan: Plan) -> None:
 
 
 def _what_would_fit(
-    section: PageSection, values: dict[str, Any], steps: Sequence[SearchResult]
+    section: PageSection, values: dict[str, Any], steps: Sequence[SearchResult], folder: Path
 ) -> None:
     if steps:
         section.heading("Ladder: the longest sequence, feature by feature")
-        section.figure("Tokens of the longest sequence that fits", partial(plots.ladder, steps))
+        draw = partial(plots.ladder, steps, folder / "plan_ladder.png")
+        section.figure("Tokens of the longest sequence that fits", draw)
     for key, title in (("ladder", "The steps"), ("search", "What would fit")):
         if not values[key]:
             continue

@@ -82,7 +82,7 @@ def _begins(plan: Plan) -> list[tuple[str, float]]:
     return [*begins, ("update", backward_ended)]
 
 
-def timeline(plan: Plan, path: Path | IO[str]) -> None:
+def timeline(plan: Plan, *paths: Path | IO[str]) -> None:
     """Draw GPU memory over the planned time of a step, stacked by component, and mark its peak."""
     from matplotlib import colormaps
 
@@ -96,7 +96,7 @@ def timeline(plan: Plan, path: Path | IO[str]) -> None:
     limit = (setup.gpu_memory - sum(reserve.bytes for reserve in setup.reserves)) / unit
     drawn, batches = plan.simulation.batches, setup.degrees.accumulation_steps
     part = f" (the first {drawn} of {batches} batches, and the update)" if batches > drawn else ""
-    with picture(path, size=(10, 5)) as (_, axes):
+    with picture(*paths, size=(10, 5)) as (_, axes):
         stacked = np.concatenate([heights[:, :1], heights], axis=1)
         names = [component_name(name) for name in present]
         # Each component has its colour, whatever others there are.
@@ -167,8 +167,7 @@ def _mark_limit(axes: Any, limit: float, peak: float, unit: float) -> None:
 
 def ladder(
     steps: Sequence[SearchResult],
-    path: Path | IO[str],
-    *,
+    *paths: Path | IO[str],
     theirs: Sequence[int | None] = (),
     of_theirs: str = "",
     title: str = "",
@@ -180,7 +179,7 @@ def ladder(
     """
     lengths = [step.plan.seq_len if step.plan else 0 for step in steps]
     width = 0.38 if theirs else 0.8
-    with picture(path, size=(11, (0.65 if theirs else 0.6) * len(steps) + 1.6)) as (_, axes):
+    with picture(*paths, size=(11, (0.65 if theirs else 0.6) * len(steps) + 1.6)) as (_, axes):
         places = np.arange(len(steps))[::-1].astype(float)
         if theirs:
             measured = [(at, n) for at, n in zip(places, theirs, strict=True) if n]

@@ -17,7 +17,6 @@ from titan_ulysses.distributed.atomic import whole_file
 from titan_ulysses.distributed.hardware import GIB
 from titan_ulysses.observability.pictures import has_matplotlib
 from titan_ulysses.observability.units import time_text
-from titan_ulysses.plan import plots
 from titan_ulysses.plan.console import closing, gpu_components, say
 from titan_ulysses.plan.fastest import Candidate, Search
 from titan_ulysses.plan.names import kernel_name
@@ -72,11 +71,7 @@ def plan_and_report(config: Config, known: Plan | None = None) -> None:
     tell = partial(console.print, highlight=False, soft_wrap=True)
     pictures = " (no pictures: pip install matplotlib)"
     if has_matplotlib():
-        plots.timeline(plan, folder / "plan_memory.png")
-        pictures = ", plan_memory.png"
-        if steps:
-            plots.ladder(steps, folder / "plan_ladder.png")
-            pictures += ", plan_ladder.png"
+        pictures = ", plan_memory.png" + ", plan_ladder.png" * bool(steps)
     summary = closing(plan, best, found) if best is not None else ""
     if summary:
         tell(summary)
