@@ -142,12 +142,10 @@ class CostCounter:
             # torch's formulas do not expect the output dtype that some products take.
             shapes = [x for x in args if not isinstance(x, torch.dtype)]
             return "matmul", flop_registry[func._overloadpacket](*shapes, **kwargs, out_val=result)
-        if kind == "rows":  # of the last table, one for each index
-            i = [x.is_floating_point() for x in args[:3]].index(False)
-            values = (args[: i - 1], args[i:], kwargs, result)
-            row = args[i - 1].shape[1] * args[i - 1].element_size()
-            moved = sum(x.numel() * x.element_size() for x in tensors_in(values))
-            return "other kernels", moved + args[i].numel() * row
+        if kind == "rows":  # a row for each index; 12 bytes are the index and what goes with it
+            table, indices = args[:2] if args[0].ndim > args[1].ndim else args[1:3]
+            row = table.shape[1] * table.element_size() + 12
+            return "other kernels", indices.numel() * row
         if kind == "exchange":
             return "exchange", args[0].numel() * args[0].element_size()
         return "", 0

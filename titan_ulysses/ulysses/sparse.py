@@ -35,40 +35,35 @@ class _Tile(NamedTuple):
     queries: slice
     keys: Tensor
     """[n, K]: the keys of each query. Where there is none, or it is a key of another call, any."""
-    exists: Tensor
-    """[n, K]: which of these exist"""
     places: Tensor
     """[n K], by key: where the pair is in keys [n, K]"""
     query_of: Tensor
     """[n K], by key"""
     key_of: Tensor
-    """[n K], by key: those that exist in order, then M + query_of"""
+    """[n K], by key; of pairs that do not exist, which are the last ones, M + query_of"""
     bags: Tensor
-    """[M + n]: where the pairs of each key begin, by key, and then those that do not exist"""
-
-    @property
-    def count(self) -> int:
-        """M"""
-        return len(self.bags) - len(self.keys)
+    """[M + n]: where the pairs of each number of key_of begin"""
+    count: int
+    """M"""
 
     def dots(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Return the products of rows of queries [n, D] and keys [M, D], [n K] by key, fp32 or
+        """Return the products of rows of queries [n, D] and keys [M, D], [n K] by key, in fp32 or
         wider; 0 for pairs that do not exist.
         """
         wide = torch.promote_types(queries.dtype, torch.float32)  # CUDA has no kernel for bf16
-        pairs = self.key_of.clamp(max=self.count), self.query_of, self.query_of
+        pairs = self.key_of.clamp(max=self.count), self.bags, self.query_of
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(
             queries.to(wide), keys.to(wide), *pairs, 0, self.count
         )
 
-    def by_query(self, x: Tensor) -> Tensor:
-        """Return numbers of the pairs [n K], by key, in the order of the queries: [n, K]."""
-        return torch.empty_like(x).scatter_(0, self.places, x).view(self.keys.shape)
-
     def scores(self, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-        """Return the scores [n, K], -inf for pairs that do not exist."""
-        found = self.by_query(self.dots(queries, keys)).mul_(scale)
-        return found.masked_fill_(~self.exists, -torch.inf)
+        """Return the scores [n K] by key, -inf for pairs that do not exist."""
+        found = self.dots(queries, keys).mul_(scale)
+        return found.masked_fill_(self.key_of >= self.count, -torch.inf)
+
+    def by_query(self, x: Tensor) -> Tensor:
+        """Return numbers of the pairs, [n K] by key, as [n, K]."""
+        return torch.empty_like(x).scatter_(0, self.places, x).view(self.keys.shape)
 
     def sum_of_keys(self, weights: Tensor, keys: Tensor) -> Tensor:
         """Return for each query the sum of the rows of its keys [M, D] times weights [n, K]."""
@@ -76,12 +71,11 @@ class _Tile(NamedTuple):
         return F.embedding_bag(self.keys, keys, mode="sum", per_sample_weights=weights)
 
     def add_queries(self, total: Tensor, weights: Tensor, queries: Tensor) -> None:
-        """Add to each key [M, D] the rows of queries [n, D] times weights [n K], by key."""
+        """Add to each key [M, D] the rows of queries [n, D] times weights, [n K] by key."""
+        pairs = self.query_of, queries, self.bags
         weights = weights.to(queries.dtype)
-        found = F.embedding_bag(
-            self.query_of, queries, self.bags, mode="sum", per_sample_weights=weights
-        )
-        total.add_(found[: self.count])
+        sums = F.embedding_bag(*pairs, mode="sum", per_sample_weights=weights)
+        total.add_(sums[: self.count])
 
 
 def _tiles(keys: int, scores: Scores) -> Iterator[_Tile]:
@@ -95,15 +89,14 @@ def _tiles(keys: int, scores: Scores) -> Iterator[_Tile]:
     starts = range(0, len(chosen), size)
     for queries in visited([slice(x, min(x + size, len(chosen))) for x in starts]):
         indices = chosen[queries].int()
+        numbers = torch.arange(keys + len(indices), dtype=torch.int32, device=indices.device)
         exists = (indices >= 0) & (indices < keys)
         # A pair that does not exist is in a bag of its query, so that no bag has too many of them.
-        numbers = torch.arange(keys + len(indices), dtype=torch.int32, device=indices.device)
-        missing = numbers[keys:, None]
-        key_of, places = torch.where(exists, indices, missing).flatten().sort()
+        named = torch.where(exists, indices, numbers[keys:, None])
+        key_of, places = named.flatten().sort()
         query_of = (places // indices.shape[1]).int()
         bags = torch.searchsorted(key_of, numbers, out_int32=True)
-        indices = indices.clamp(0, keys - 1)
-        yield _Tile(queries, indices, exists, places, query_of, key_of, bags)
+        yield _Tile(queries, indices.clamp(0, keys - 1), places, query_of, key_of, bags, keys)
 
 
 @torch.no_grad()
@@ -118,6 +111,7 @@ def summed_weights(q: Tensor, k: Tensor, scores: Scores, lse: Tensor | None = No
     for tile in _tiles(len(k), scores):
         for head, of_keys in _heads(q, k):
             found = tile.scores(q[tile.queries, head], k[:, of_keys], scores.scale)
+            found = tile.by_query(found)
             total = found.logsumexp(dim=-1) if lse is None else lse[head, tile.queries]
             sums[tile.queries] += found.sub_(_finite(total)[:, None]).exp_()
     return sums
@@ -145,6 +139,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, T
     for tile in _tiles(len(k), scores):
         for head, of_keys in _heads(q, k):
             found = tile.scores(q[tile.queries, head], k[:, of_keys], scores.scale)
+            found = tile.by_query(found)
             sums = found.logsumexp(dim=-1)
             # A query without a key here has the sum -inf and no weights.
             weights = found.sub_(_finite(sums)[:, None]).exp_()
@@ -167,13 +162,11 @@ def _backward(
 ) -> Tensor:
     dq = torch.empty_like(q)
     for tile in _tiles(len(k), scores):
-        missing = tile.key_of >= tile.count
         for head, of_keys in _heads(q, k):
             at, keys, values = (tile.queries, head), k[:, of_keys], v[:, of_keys]
             sums = _finite(lse[head, tile.queries])[tile.query_of]
             dots = (grad[at].to(lse.dtype) * output[at].to(lse.dtype)).sum(dim=-1)[tile.query_of]
-            weights = tile.dots(q[at], keys).mul_(scores.scale).sub_(sums).exp_()
-            weights.masked_fill_(missing, 0)
+            weights = tile.scores(q[at], keys, scores.scale).sub_(sums).exp_()
             slopes = tile.dots(grad[at], values).sub_(dots).mul_(weights).mul_(scores.scale)
             dq[at] = tile.sum_of_keys(tile.by_query(slopes), keys)
             tile.add_queries(dk[:, of_keys], slopes, q[at])
