@@ -89,7 +89,7 @@ def test_attention_to_the_chosen_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Output, log-sum-exp and gradients are those of explicit scores with all others hidden, and
     merge from blocks of keys of which some queries have chosen none.
     """
-    monkeypatch.setitem(sparse._TILE_BYTES, "cpu", 4000)
+    monkeypatch.setitem(sparse._TILE_PAIRS, "cpu", 40)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -120,13 +120,28 @@ def test_attention_to_the_chosen_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs += [*zip((dq, *sums), (x.grad for x in leaves), strict=True)]
 
     merged, total = torch.empty_like(output), torch.empty_like(lse)
-    parts = Merged(merged.transpose(0, 1), total)
-    for block in (slice(0, 11), slice(11, 25), slice(25, 30)):
+    parts, blocks = Merged(merged.transpose(0, 1), total), [(0, 11), (11, 25), (25, 30)]
+    for block in (slice(*x) for x in blocks):
         part, sum_ = CHOSEN.forward(q, k[block], v[block], scores.among(block.start))
         parts.add(slice(0, n), part.transpose(0, 1), sum_)
     parts.end()
-    for found, wanted in [*pairs, (merged, expected), (total, full.logsumexp(-1))]:
+    pairs += [(merged, expected), (total, full.logsumexp(-1))]
+    dq, sums = torch.zeros_like(q), (torch.zeros_like(k), torch.zeros_like(v))
+    for block in (slice(*x) for x in blocks):
+        own = {"dk": sums[0][block], "dv": sums[1][block]}
+        saved = output, lse, scores.among(block.start)
+        dq += CHOSEN.backward(grad, q, k[block], v[block], *saved, **own)
+    pairs += zip((dq, *sums), (x.grad for x in leaves), strict=True)
+    for found, wanted in pairs:
         torch.testing.assert_close(found, wanted.detach(), rtol=1e-12, atol=1e-13)
+
+    low = [x.bfloat16() for x in (q, k, v, output, grad)]
+    sums = torch.zeros(k.shape), torch.zeros(v.shape)
+    rest = lse.float(), scores
+    dq = CHOSEN.backward(low[4], *low[:4], *rest, dk=sums[0], dv=sums[1])
+    wanted = expected, *(x.grad for x in leaves)
+    for found, x in zip((CHOSEN.forward(*low[:3], scores)[0], dq, *sums), wanted, strict=True):
+        assert (found - x).abs().max() < 0.02 * x.abs().max()
 
 
 def test_indices_of_rows_become_those_of_all_rows() -> None:

@@ -164,6 +164,12 @@ class CostCounter:
             is_wide = args[0].dtype == torch.float32
             is_score = is_wide and self._tracker.attribution.here().component == "indexer"
             return "fp32 matmul" if is_score else "matmul", flops
+        if kind == "rows":  # of the last table, one for each index
+            i = [x.is_floating_point() for x in args[:3]].index(False)
+            values = (args[: i - 1], args[i:], kwargs, result)
+            row = args[i - 1].shape[1] * args[i - 1].element_size()
+            moved = sum(x.numel() * x.element_size() for x in tensors_in(values))
+            return "other kernels", moved + args[i].numel() * row
         if kind in ("exchange", SEQUENCE_GATHERS):
             return kind, sum([x.numel() * x.element_size() for x in tensors_in(args[0])])
         return "", 0
@@ -184,6 +190,8 @@ def _counted_as(func) -> str:
         return "experts"
     if packet in flop_registry:
         return "matmul"
+    if "embedding_bag" in func._opname:
+        return "rows"
     if func.namespace == "aten" and not func.is_view and func._opname not in _MOVE_NOTHING:
         return "moved"
     # FSDP gathers into one tensor (`_allgather_base_`).

@@ -134,7 +134,8 @@ class Indexer:
         extent, mesh, count = ulysses.extent, ulysses.mesh, self.module.index_topk
         trains = self.training != "frozen" and torch.is_grad_enabled()
         is_dense = self.training == "warmup" or max(map(max, ulysses.documents)) <= count
-        if is_dense and self.training == "frozen":
+        learns = self.training != "frozen" and (trains or extent.keys_only)
+        if is_dense and not learns:
             return hidden.new_empty(*hidden.shape[:2], 0, dtype=torch.int32)
         cache, seen = _NoKeys(), _Products()
         forward = type(self.module).forward

@@ -1,50 +1,109 @@
 """Attention of queries to chosen keys: each query reads only those that its indexer names.
 
-Keys and values are gathered by row for a few queries at a time, so memory is that of a tile, and
-FLOPs and bytes are linear in the number of queries, whatever the number of keys. Gradients of keys
-and values are added back to the rows that they came from. See indexer.py for the choice.
+A query with its K keys is K pairs, and all that is computed is sums of rows over pairs:
+
+    s_qk = q . k        o_q = sum_k p_qk v_k        dv_k = sum_q p_qk do_q        and so on.
+
+`embedding_bag` computes such a sum, and its gradient by the weights such products, without a copy
+of the rows. The pairs of a few queries are sorted by their keys: products and sums of a key then
+read its row once, and the rows of the few queries from a cache. FLOPs are linear in the number of
+queries, whatever the number of keys. So are bytes, but for the sums of the keys' gradients, which
+take one pass over all keys for each tile of queries. See indexer.py for the choice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from titan_ulysses.distributed.parts import visited
 from titan_ulysses.ulysses.scores import PieceKernels, Scores
 
-_TILE_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
-"""Bytes of the keys and values that are gathered at a time: what a cache holds, or enough for a
-kernel. 2,048 keys of 16 heads of 192 and 128 numbers in bf16 are 20 MiB for each query.
+_TILE_PAIRS = {"cpu": 2**20, "cuda": 2**23}
+"""Pairs of a tile. Each needs about 50 bytes, whatever the head size. At 2,048 keys a query, a tile
+on a GPU has 4,096 queries.
 """
 
 
-def _tiles(k: Tensor, v: Tensor, scores: Scores) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield tiles of the queries, with the indices [n, K] of their keys and which of these exist.
+class _Tile(NamedTuple):
+    """Some queries, n of them, and their pairs [n K] with M keys."""
+
+    queries: slice
+    keys: Tensor
+    """[n, K]: the keys of each query. Where there is none, or it is a key of another call, any."""
+    exists: Tensor
+    """[n, K]: which of these exist"""
+    places: Tensor
+    """[n K], by key: where the pair is in keys [n, K]"""
+    query_of: Tensor
+    """[n K], by key"""
+    key_of: Tensor
+    """[n K], by key: those that exist in order, then M + query_of"""
+    bags: Tensor
+    """[M + n]: where the pairs of each key begin, by key, and then those that do not exist"""
+
+    @property
+    def count(self) -> int:
+        """M"""
+        return len(self.bags) - len(self.keys)
+
+    def dots(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Return the products of rows of queries [n, D] and keys [M, D], [n K] by key, fp32 or
+        wider; 0 for pairs that do not exist.
+        """
+        wide = torch.promote_types(queries.dtype, torch.float32)  # CUDA has no kernel for bf16
+        pairs = self.key_of.clamp(max=self.count), self.query_of, self.query_of
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            queries.to(wide), keys.to(wide), *pairs, 0, self.count
+        )
+
+    def by_query(self, x: Tensor) -> Tensor:
+        """Return numbers of the pairs [n K], by key, in the order of the queries: [n, K]."""
+        return torch.empty_like(x).scatter_(0, self.places, x).view(self.keys.shape)
+
+    def scores(self, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+        """Return the scores [n, K], -inf for pairs that do not exist."""
+        found = self.by_query(self.dots(queries, keys)).mul_(scale)
+        return found.masked_fill_(~self.exists, -torch.inf)
+
+    def sum_of_keys(self, weights: Tensor, keys: Tensor) -> Tensor:
+        """Return for each query the sum of the rows of its keys [M, D] times weights [n, K]."""
+        weights = weights.to(keys.dtype)
+        return F.embedding_bag(self.keys, keys, mode="sum", per_sample_weights=weights)
+
+    def add_queries(self, total: Tensor, weights: Tensor, queries: Tensor) -> None:
+        """Add to each key [M, D] the rows of queries [n, D] times weights [n K], by key."""
+        weights = weights.to(queries.dtype)
+        found = F.embedding_bag(
+            self.query_of, queries, self.bags, mode="sum", per_sample_weights=weights
+        )
+        total.add_(found[: self.count])
+
+
+def _tiles(keys: int, scores: Scores) -> Iterator[_Tile]:
+    """Yield tiles of the queries, given the number of keys.
 
     An index that is outside of the keys names a key of another call, or none.
     """
-    chosen, count = scores.chosen, len(k)
+    chosen = scores.chosen
     assert chosen is not None
-    wide = torch.promote_types(k.dtype, torch.float32)
-    row = chosen.shape[1] * (k[0].numel() + v[0].numel()) * wide.itemsize
-    size = max(1, _TILE_BYTES[k.device.type] // row)
+    size = max(1, _TILE_PAIRS[chosen.device.type] // chosen.shape[1])
     starts = range(0, len(chosen), size)
-    for tile in visited([slice(x, min(x + size, len(chosen))) for x in starts]):
-        indices = chosen[tile].long()
-        exists = (indices >= 0) & (indices < count)
-        yield tile, indices.clamp(0, count - 1), exists
-
-
-def _weights(q: Tensor, k: Tensor, exists: Tensor, scale: float) -> Tensor:
-    """Return the scores [Hkv, n, group, K] of queries [Hkv, n, group, D] with keys [Hkv, n, K, D],
-    -inf for those that do not exist.
-    """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.matmul(q, k.transpose(2, 3)).to(wide).mul_(scale)
-    return scores.masked_fill_(~exists[:, None], -torch.inf)
+    for queries in visited([slice(x, min(x + size, len(chosen))) for x in starts]):
+        indices = chosen[queries].int()
+        exists = (indices >= 0) & (indices < keys)
+        # A pair that does not exist is in a bag of its query, so that no bag has too many of them.
+        numbers = torch.arange(keys + len(indices), dtype=torch.int32, device=indices.device)
+        missing = numbers[keys:, None]
+        key_of, places = torch.where(exists, indices, missing).flatten().sort()
+        query_of = (places // indices.shape[1]).int()
+        bags = torch.searchsorted(key_of, numbers, out_int32=True)
+        indices = indices.clamp(0, keys - 1)
+        yield _Tile(queries, indices, exists, places, query_of, key_of, bags)
 
 
 @torch.no_grad()
@@ -55,14 +114,12 @@ def summed_weights(q: Tensor, k: Tensor, scores: Scores, lse: Tensor | None = No
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     assert scores.chosen is not None
-    sums = torch.empty_like(scores.chosen, dtype=wide)
-    for tile, indices, exists in _tiles(k, k, scores):
-        grouped = _by_kv_head(q[tile], k.shape[1])
-        found = _weights(grouped, k.transpose(0, 1)[:, indices], exists, scores.scale)
-        total = found.logsumexp(dim=-1, keepdim=True)
-        if lse is not None:
-            total = _by_kv_head(lse[:, tile].t()[..., None], k.shape[1])
-        sums[tile] = found.sub_(_finite(total)).exp_().sum(dim=(0, 2))
+    sums = torch.zeros_like(scores.chosen, dtype=wide)
+    for tile in _tiles(len(k), scores):
+        for head, of_keys in _heads(q, k):
+            found = tile.scores(q[tile.queries, head], k[:, of_keys], scores.scale)
+            total = found.logsumexp(dim=-1) if lse is None else lse[head, tile.queries]
+            sums[tile.queries] += found.sub_(_finite(total)[:, None]).exp_()
     return sums
 
 
@@ -76,28 +133,23 @@ def weights_of_all(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
     return scores.flatten(0, 1).sub_(lse[..., None]).exp_().sum(dim=0)
 
 
-def _by_kv_head(x: Tensor, heads: int) -> Tensor:
-    """[n, Hq, D] -> [Hkv, n, group, D]"""
-    return x.unflatten(1, (heads, -1)).transpose(0, 1)
-
-
-def _by_query(x: Tensor) -> Tensor:
-    """[Hkv, n, group, D] -> [n, Hq, D]"""
-    return x.transpose(0, 1).flatten(1, 2)
+def _heads(q: Tensor, k: Tensor) -> Iterator[tuple[int, int]]:
+    """Yield each head of the queries with that of its keys."""
+    return ((x, x * k.shape[1] // q.shape[1]) for x in visited([*range(q.shape[1])]))
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     output = q.new_empty(*q.shape[:2], v.shape[-1])
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=wide)
-    keys, values = k.transpose(0, 1), v.transpose(0, 1)
-    for tile, indices, exists in _tiles(k, v, scores):
-        found = _weights(_by_kv_head(q[tile], len(keys)), keys[:, indices], exists, scores.scale)
-        sums = found.logsumexp(dim=-1, keepdim=True)
-        # A query without a key here has the sum -inf and no weights.
-        weights = found.sub_(_finite(sums)).exp_().to(v.dtype)
-        output[tile] = _by_query(torch.matmul(weights, values[:, indices]))
-        lse[:, tile] = _by_query(sums)[..., 0].t()
+    for tile in _tiles(len(k), scores):
+        for head, of_keys in _heads(q, k):
+            found = tile.scores(q[tile.queries, head], k[:, of_keys], scores.scale)
+            sums = found.logsumexp(dim=-1)
+            # A query without a key here has the sum -inf and no weights.
+            weights = found.sub_(_finite(sums)[:, None]).exp_()
+            output[tile.queries, head] = tile.sum_of_keys(weights, v[:, of_keys])
+            lse[head, tile.queries] = sums
     return output, lse
 
 
@@ -113,23 +165,19 @@ def _backward(
     dk: Tensor,
     dv: Tensor,
 ) -> Tensor:
-    dq, heads = torch.empty_like(q), k.shape[1]
-    for tile, indices, exists in _tiles(k, v, scores):
-        of_queries = (grad[tile], q[tile], output[tile], lse[:, tile].t()[..., None])
-        grads, queries, outputs, sums = (_by_kv_head(x, heads) for x in of_queries)
-        keys, values = (x.transpose(0, 1)[:, indices] for x in (k, v))
-        weights = _weights(queries, keys, exists, scores.scale).sub_(_finite(sums)).exp_()
-        dots = (grads.to(lse.dtype) * outputs.to(lse.dtype)).sum(dim=-1, keepdim=True)
-        slopes = torch.matmul(grads, values.transpose(2, 3)).to(lse.dtype).sub_(dots)
-        slopes = slopes.mul_(weights).mul_(scores.scale).to(q.dtype)
-        dq[tile] = _by_query(torch.matmul(slopes, keys))
-        # Of each query's own keys, [Hkv, n, K, D], back to the rows that they were gathered from.
-        of_keys = torch.matmul(slopes.transpose(2, 3), queries)
-        of_values = torch.matmul(weights.to(v.dtype).transpose(2, 3), grads)
-        for found, total in ((of_keys, dk), (of_values, dv)):
-            for head, of_head in enumerate(found):
-                rows = of_head.flatten(0, 1).to(total.dtype)
-                total[:, head].index_add_(0, indices.flatten(), rows)
+    dq = torch.empty_like(q)
+    for tile in _tiles(len(k), scores):
+        missing = tile.key_of >= tile.count
+        for head, of_keys in _heads(q, k):
+            at, keys, values = (tile.queries, head), k[:, of_keys], v[:, of_keys]
+            sums = _finite(lse[head, tile.queries])[tile.query_of]
+            dots = (grad[at].to(lse.dtype) * output[at].to(lse.dtype)).sum(dim=-1)[tile.query_of]
+            weights = tile.dots(q[at], keys).mul_(scores.scale).sub_(sums).exp_()
+            weights.masked_fill_(missing, 0)
+            slopes = tile.dots(grad[at], values).sub_(dots).mul_(weights).mul_(scores.scale)
+            dq[at] = tile.sum_of_keys(tile.by_query(slopes), keys)
+            tile.add_queries(dk[:, of_keys], slopes, q[at])
+            tile.add_queries(dv[:, of_keys], weights, grad[at])
     return dq
 
 
