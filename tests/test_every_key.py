@@ -576,7 +576,14 @@ LOSS = {
             lambda run, _: run.kept() == {x for x in run.initial if ".indexer." not in x},
             INDEXED,
         ),
-        Case("joint", lambda run, _: not run.kept(), INDEXED),
+        Case(
+            "joint",  # with adapters; without them in test_sparse.py
+            lambda run, _: (
+                run.kept()
+                == {x for x in run.initial if not {"indexer", "lora_A", "lora_B"} & {*x.split(".")}}
+            ),
+            INDEXED | LORA | {"lora.target_modules": ["o_proj"], "checkpoint.export": None},
+        ),
     ],
     "loss.prediction_weight": [
         Case(

@@ -13,11 +13,14 @@ from titan_ulysses.distributed.errors import UserError
 
 LONG = {"max_position_embeddings": 2**24}
 WIDE = {"hidden_size": 192, "intermediate_size": 64}  # NF4 has blocks of 64 numbers
+LEADING = "deepseek_v32"
+"""Its first layers are not as all others."""
 MODELS = {
     "llama": LLAMA | WIDE,
     "tied": LLAMA | WIDE | {"tie_word_embeddings": True},
     "qwen3_moe": model_of("qwen3_moe"),
     "gpt_oss": model_of("gpt_oss"),
+    LEADING: model_of(LEADING),
     "gemma3_text": model_of("gemma3_text"),
     "qwen3_next": model_of("qwen3_next"),
 }
@@ -31,7 +34,7 @@ KINDS = {
 def model_with(name: str, *, every: int) -> dict:
     """The config of a model with as many layers as a few can stand for."""
     kinds = KINDS.get(name, [])
-    layers = 16 if every == 2 else 12 if kinds else 8
+    layers = 16 if every == 2 else 12 if kinds else 10 if name == LEADING else 8
     types = {"layer_types": kinds * (layers // 2)} if kinds else {}
     return MODELS[name] | LONG | types | {"num_hidden_layers": layers}
 
@@ -70,7 +73,8 @@ def drawn(number: int):
     """A setup with random settings of all kinds."""
     random = Random(number)
     while True:
-        model, world = random.choice([*MODELS]), random.choice([1, 2, 4, 8])
+        model = random.choice([x for x in MODELS if x != LEADING])
+        world = random.choice([1, 2, 4, 8])
         full, is_wide = random.random() < 0.8, model in ("llama", "tied")
         # What is quantized has a smallest size.
         quantized = ["none", "nf4"] if is_wide else ["none"]
@@ -127,6 +131,15 @@ CASES = {
             "lora.quantize_base": "nf4",
             "activation_checkpoint.offload": "host",
             "memory.stream_chunk_tokens": -1,
+        },
+    ),
+    "other layers first": (
+        LEADING,
+        {
+            "plan.world_size": 2,
+            "parallelism.sequence_parallel_degree": 2,
+            "memory.stream_chunk_tokens": -1,
+            "training.seq_len": 128,
         },
     ),
     "two kinds": (

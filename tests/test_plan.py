@@ -807,7 +807,7 @@ def test_bytes_of_other_kernels():
     from titan_ulysses.plan.cost import CostCounter
 
     aten = torch.ops.aten
-    here = SimpleNamespace(phase="forward")
+    here = SimpleNamespace(phase="forward", here=lambda: SimpleNamespace(component="MLP"))
     tracker = SimpleNamespace(attribution=here, weight=3, events=[], layer=None)
     counter = CostCounter(tracker, {})
     x, y = torch.ones(4, 8), torch.ones(4, 8)
@@ -827,6 +827,38 @@ def test_bytes_of_other_kernels():
         counter.reset()
         counter(func, args, {}, func(*args))
         assert counter.cost.total("other kernels") == 3 * moved * size, func
+    rows, table = torch.tensor([1, 2, 2, 0]), torch.ones(1000, 8)
+    for func, args, moved in (  # rows of a large tensor, and their int64 numbers
+        (aten.index.Tensor, (table, [rows]), 2 * size + 32),
+        (aten.index_add_.default, (table, 0, rows, x), 3 * size + 32),
+    ):
+        counter.reset()
+        counter(func, args, {}, func(*args))
+        assert counter.cost.total("other kernels") == 3 * moved, func
+
+
+def test_indexers_and_sparse_attention_are_planned():
+    """By name, with the FLOPs of their formulas."""
+    keys, tokens, settings = 256, 2048, model_of("deepseek_v32")
+    settings |= {"vocab_size": 257, "max_position_embeddings": 4096, "index_topk": keys}
+    plan = plan_of(
+        model__config=settings,
+        training__seq_len=tokens,
+        parallelism__sequence_parallel_degree=2,
+        memory__stream_chunk_tokens=512,
+    )
+    config, amounts = plan.setup.model_config, plan.cost.amounts
+    scored = (tokens**2 - keys**2) / 2 / 2  # of two ranks
+    flops = 2 * 2 * scored * config.index_n_heads * (config.index_head_dim + 1)  # two layers
+    assert amounts["forward", "indexer: fp32 matmul"] == pytest.approx(flops, rel=0.2)
+    # Rows of keys, in fp32, and of values; a pair of a query and a key needs 60 bytes more or less.
+    row = 4 * config.qk_head_dim + 4 * config.v_head_dim + 60
+    read = 2 * tokens * keys * config.num_attention_heads / 2 * row
+    assert amounts["forward", "sparse attention: other kernels"] == pytest.approx(read, rel=0.4)
+    assert {"indexer", "sparse attention"} <= plan.time.parts.keys()
+    assert plan.time.parts["attention"] == 0
+    gathered = 2 * tokens * 4 * (config.index_head_dim + keys)
+    assert amounts["forward", "gathers of a sequence"] == pytest.approx(gathered, rel=0.1)
 
 
 def test_the_clock_waits():

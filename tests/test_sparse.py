@@ -16,16 +16,22 @@ from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from helpers.families import FAMILIES, VERIFIED, model_of
+from helpers.models import plain_model
 from helpers.precision import kept_in_fp64
 from helpers.ranks import run_on_ranks
 from helpers.rows import Row, make_rows
 from helpers.runs import Settings, logged, train, write_run
 from helpers.training import Record, largest_difference, train_plain, train_sharded
+from titan_ulysses.checkpoint.safetensors import save_adapters
+from titan_ulysses.config.schema import LoRA
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.seeds import seed_of
 from titan_ulysses.model import families, hf
 from titan_ulysses.model.families import check_family
+from titan_ulysses.model.lora import add_adapters
+from titan_ulysses.model.parameter_names import is_adapter
 from titan_ulysses.ulysses import indexer, sparse
-from titan_ulysses.ulysses.indexer import choose
+from titan_ulysses.ulysses.indexer import choose, unfreeze_indexers
 from titan_ulysses.ulysses.scores import Scores, of_documents
 from titan_ulysses.ulysses.sparse import CHOSEN
 from titan_ulysses.ulysses.tiles import Merged
@@ -263,6 +269,29 @@ def divergence(plain: PreTrainedModel, labels: Tensor) -> Tensor:
     return total
 
 
+def add(model: PreTrainedModel) -> None:
+    add_adapters(model, LoRA(rank=3, target_modules=["q_b_proj", "kv_b_proj", "o_proj"]))
+    unfreeze_indexers(model.model.layers)
+
+
+@torch.no_grad()
+def fill(model: PreTrainedModel) -> None:
+    """Give adapters numbers, in B too."""
+    for name, parameter in hf.named_parameters(model):
+        if is_adapter(name):
+            generator = torch.Generator().manual_seed(seed_of(0, name))
+            shape, dtype = parameter.shape, parameter.dtype
+            hf.fill(parameter, 0.3 * torch.randn(shape, generator=generator, dtype=dtype))
+
+
+ADAPTED = {**WHOLE, "prepare": add, "fill": fill}
+
+
+def fill_and_watch(plain: PreTrainedModel) -> None:
+    fill(plain)
+    watch(plain)
+
+
 def watch_indexers_alone(plain: PreTrainedModel) -> None:
     watch(plain)
     for name, parameter in plain.named_parameters():
@@ -270,17 +299,17 @@ def watch_indexers_alone(plain: PreTrainedModel) -> None:
 
 
 @lru_cache
-def plain_trained(family: str, training: str, count: int) -> Record:
-    fill = watch_indexers_alone if training == "warmup" else watch
+def plain_trained(family: str, training: str, count: int, prepare: Any) -> Record:
+    fill = watch_indexers_alone if training == "warmup" else fill_and_watch if prepare else watch
     table = model_of(family) | {"index_topk": EVERY if training == "warmup" else count}
     arguments = train_plain, table, steps(), torch.float64
-    return kept_in_fp64(*arguments, fill=fill, more=divergence)
+    return kept_in_fp64(*arguments, prepare=prepare, fill=fill, more=divergence)
 
 
 @pytest.mark.parametrize(
     ("family", "mesh", "options", "training", "count"),
     [
-        ("deepseek_v32", (1, 1, 2), WHOLE, "joint", SEEN),
+        ("deepseek_v32", (1, 1, 2), ADAPTED, "joint", SEEN),
         ("deepseek_v32", (1, 1, 3), WHOLE, "joint", EVERY),
         ("glm_moe_dsa", (1, 1, 3), OFF_DEVICE, "joint", SEEN),
         ("deepseek_v32", (1, 2, 2), STREAMED, "warmup", SEEN),
@@ -300,11 +329,35 @@ def test_trained_indexers(
     arguments = train_sharded, mesh, table, steps(), torch.float64
     options = options | {"attention": "sdpa", "indexer": training}
     found = run_on_ranks(math.prod(mesh), kept_in_fp64, *arguments, **options)[0]
-    expected = plain_trained(family, training, count)
+    expected = plain_trained(family, training, count, options.get("prepare"))
     trained = [".indexer." in name for name in expected.gradients[0]]
     assert any(trained) and all(trained) == (training == "warmup")
+    if "prepare" in options:
+        assert all(".indexer." in x or is_adapter(x) for x in expected.gradients[0])
     worst = largest_difference(found, expected)
     assert max(worst.values()) < 1e-12, {k: v for k, v in worst.items() if v >= 1e-12}
+
+
+def test_peft_opens_adapters_with_the_trained_indexers(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    table = model_of("deepseek_v32")
+    bases = [plain_model(table, torch.float32, experts=None) for _ in range(2)]
+    for base in bases:
+        hf.initialize(base, seed=3)
+    model, base = bases
+    add(model)
+    fill(model)
+    ids = torch.arange(48)[None] % 61
+    before = model(input_ids=ids).logits
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".indexer." in name:
+                parameter.copy_(parameter.flip(0) + 0.1)
+    save_adapters(model, tmp_path / "adapter", base="")
+    found = PeftModel.from_pretrained(base, tmp_path / "adapter")(input_ids=ids).logits
+    assert torch.equal(found, model(input_ids=ids).logits)
+    assert not torch.allclose(found, before, rtol=1e-3)
 
 
 def two_stages(folder: Path) -> None:

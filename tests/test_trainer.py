@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.families import model_of
 from helpers.meshes import mesh_of
 from helpers.models import LLAMA
 from helpers.ranks import run_on_ranks
@@ -528,6 +529,12 @@ def test_flops_of_a_tiny_llama_counted_by_hand(tied: bool) -> None:
     assert attention_flops(config, documents) == layers * heads * sum(
         3 * 2 * L**2 * size for L in (10, 4, 6)
     )
+    # With an indexer, a query reads at most 4 keys, and is scored from the fifth key on.
+    config = hf.load_model_config("", model_of("deepseek_v32") | {"index_topk": 4})
+    read, scored = sum(4 * (2 * L - 4) for L in (10, 4, 6)), 10**2 + 6**2 - 2 * 4**2
+    heads, sizes = config.num_attention_heads, config.qk_head_dim + config.v_head_dim
+    indexer = config.index_n_heads * config.index_head_dim
+    assert attention_flops(config, documents) == 2 * (3 * heads * sizes * read + indexer * scored)
 
 
 def test_flops_of_experts_are_of_those_that_a_token_meets() -> None:

@@ -209,6 +209,43 @@ def experts() -> Iterator[list[str]]:
         yield [*what, *fits, time_text(plan.time.seconds)]
 
 
+GLM_5 = {"model_type": "glm_moe_dsa"}
+DEEPSEEK_V32 = {"model_type": "deepseek_v32"}
+"""transformers' defaults are the numbers of zai-org/GLM-5 and deepseek-ai/DeepSeek-V3.2-Exp."""
+SPARSE = {
+    "lora.rank": 16,
+    "lora.quantize_base": "nf4",
+    "lora.target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+    "lora.target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    "training.seq_len": 2**17,
+    "parallelism.sequence_parallel_degree": 8,
+    "plan.gpus_per_node": 8,
+    "activation_checkpoint.offload": "none",
+}
+
+
+def indexers() -> Made:
+    """QLoRA of whole models with learned sparse attention."""
+    rows = []
+    for gpus, gpu in ((8, "H200"), (32, "H100-80GB")):
+        for model, config in (("DeepSeek-V3.2, 671B", DEEPSEEK_V32), ("GLM-5, 744B", GLM_5)):
+            settings = {"model.config": config, "plan.gpu": gpu, "plan.world_size": gpus}
+            plan = planned(QWEN, SPARSE | settings)
+            parts = plan.time.parts
+            rows.append(
+                [
+                    model,
+                    f"{gpus} x {gpu}",
+                    gib(plan.gpu_bytes) if plan.fits else f"{gib(plan.gpu_bytes)}: does not fit",
+                    time_text(parts["indexer"]),
+                    time_text(parts["sparse attention"]),
+                    time_text(plan.time.seconds),
+                ]
+            )
+            print(" | ".join(rows[-1]), flush=True)
+    return Made(rows, [])
+
+
 class Table(NamedTuple):
     page: str
     header: str
@@ -239,6 +276,11 @@ TABLES = {
     ),
     "experts": Table(
         "docs/fine-tuning.md", "| model | GPU | tokens | memory | fits | a step |", experts
+    ),
+    "indexers": Table(
+        "docs/models-and-cores.md",
+        "| QLoRA of | GPUs | a GPU | indexers | sparse attention | a step |",
+        indexers,
     ),
     "hour": Table("docs/streaming.md", "| kernel | tokens | a step | host GiB |", hour),
 }

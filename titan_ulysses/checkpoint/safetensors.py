@@ -435,12 +435,15 @@ def _gather(parameter: Tensor, delta: Delta | None = None, *, keep: bool) -> Ten
 def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
     """Write the adapters so that `peft.PeftModel.from_pretrained(model, folder)` opens them.
 
-    base: folder or hub name of the base model, which is stored with the adapters; "" if there is
-    none. Collective. Raise `UserError` as `export` does.
+    Indexers that are trained beside them are in it too, whole, as peft's `modules_to_save`. base:
+    folder or hub name of the base model, which is stored with the adapters; "" if there is none.
+    Collective. Raise `UserError` as `export` does.
     """
     aside = partial_path(folder)
     writes = not dist.is_initialized() or dist.get_rank() == 0
-    adapters = {name: p for name, p in hf.named_parameters(model) if is_adapter(name)}
+    named = dict(hf.named_parameters(model))
+    indexers = [x for x, p in named.items() if ".indexer." in x and p.requires_grad]
+    adapters = {x: p for x, p in named.items() if is_adapter(x) or x in indexers}
     # In peft's files, names lack the adapter's name and have a prefix for peft's two wrappers.
     # DoRA's have no ".weight" there either.
     short = {x: x.replace(f"vector.{ADAPTER}.weight", "vector") for x in adapters}
@@ -454,6 +457,7 @@ def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
                 save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
                 settings = copy.copy(model.peft_config[ADAPTER])
                 settings.base_model_name_or_path = base or None
+                settings.modules_to_save = ["indexer"] if indexers else None
                 settings.save_pretrained(aside)
                 write_manifest(aside, None)
                 replace_folder(aside, folder)

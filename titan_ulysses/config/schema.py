@@ -593,15 +593,11 @@ class Loss(Section):
     indexer: Literal["frozen", "warmup", "joint"] = setting(
         "frozen",
         _read_by("cross_entropy"),
-        Excludes(
-            "lora.rank",
-            text="{other} and {this} are both set: LoRA freezes all but its adapters, and exports "
-            'no trained indexer. Set lora.rank = 0 or {name} = "frozen"',
-        ),
     )
     """Training of the indexers that choose the keys of attention (deepseek_v32; arXiv 2512.02556).
     warmup: attention reads all keys, and only indexers are trained, by the divergence of their
     scores from it. joint: by the same over the chosen keys, and the model is trained beside them.
+    With LoRA indexers are trained whole, and the model by its adapters.
     """
 
 

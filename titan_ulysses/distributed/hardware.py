@@ -30,6 +30,8 @@ class GPU:
     FlashAttention-2 (arXiv 2307.08691, section 1) and -3 (arXiv 2407.08608, section 1) give 80 to
     90 % for optimized GEMMs on A100 and H100.
     """
+    fp32: float
+    """FLOP/s of products in fp32, without TF32: 0.8 of the data sheet's."""
     attention: dict[str, tuple[float, float]]
     """FLOP/s of each FlashAttention that runs on it, in forward and in backward.
 
@@ -108,6 +110,7 @@ def _gpu(
         gib * GIB,
         1e12 * tflops,
         achieved * 1e12 * tflops,
+        _ACHIEVED * 1e12 * _FP32[name],
         rates,
         memory_bandwidth=_ACHIEVED * 1e9 * memory,
         host_link=_ACHIEVED * 1e9 * host,
@@ -149,6 +152,16 @@ causal forward, and 0.8 of that for backward, as for FlashAttention 3 on H100.
 _CDNA = {"fa2": (0.34, 0.34)}
 """Assumed for FlashAttention 2 in ROCm (Composable Kernel): the share of the peak that it has on
 H100.
+"""
+
+_FP32 = {
+    **{"A100-80GB": 19.5, "H100-80GB": 67, "H100-NVL": 60, "H200": 67, "H20": 44, "GH200": 67},
+    **{"B200": 75, "B300": 75, "GB200": 80, "GB300": 80, "DGX-Station": 80, "L40S": 91.6},
+    **{"RTX-4090": 82.6, "RTX-5090": 104.8, "RTX-PRO-6000": 125, "DGX-Spark": 31},
+    **{"MI300X": 163.4, "MI325X": 163.4, "MI355X": 157.3},
+}
+"""TFLOP/s in fp32 of data sheets, those of B200 and B300 an eighth of HGX's 600. DGX-Station is
+assumed: as GB300; DGX-Spark by its cores and clock.
 """
 
 # Memory: the total capacity in PyTorch's out-of-memory messages, as public issues quote them. Where

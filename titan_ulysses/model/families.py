@@ -65,6 +65,16 @@ _TEXT_PARTS = {
 """Multi-modal models whose text part is a causal model that computes the same of text."""
 
 
+_CHOICES = {
+    "deepseek_v4": ": its queries read a window of tokens, and keys that are each made of 4 or 128 "
+    "tokens, of which an indexer chooses those of 4",
+    "minimax_m3_vl_text": ": its indexer chooses blocks of keys, others for each KV head",
+    "qwen4_exp_text": ": its indexer scores means of several keys, chooses among these, and hands "
+    "attention a mask of all tokens",
+}
+"""How the indexers of some families choose, which are refused."""
+
+
 @dataclass(frozen=True)
 class Head:
     """How a family computes its logits: softcap * tanh(scale * x / softcap), x = `lm_head(hidden)`.
@@ -306,7 +316,7 @@ def check_family(config: PreTrainedConfig) -> None:
     if others:
         states = (
             f"layers of type {_named(whole, types, others)}, which carry state along the sequence "
-            f"or choose what to see (known are {KINDS})"
+            f"or choose what to see (known are {KINDS}){_CHOICES.get(config.model_type, '')}"
         )
     if needs := [
         *filter(None, (ahead or _looks_ahead(config), states, unknown_router_loss(config)))

@@ -25,10 +25,16 @@ from torch import nn
 from titan_ulysses.distributed.atomic import whole_file
 from titan_ulysses.distributed.device import module_of
 from titan_ulysses.launch.run_store import host_name
-from titan_ulysses.model.families import attention_layers, head_sizes, layer_configs
+from titan_ulysses.model.families import (
+    attention_layers,
+    head_sizes,
+    layer_configs,
+    layer_types,
+)
 from titan_ulysses.model.hf import output_layer
 from titan_ulysses.model.prediction import layer_of
 from titan_ulysses.observability.wandb import WandbRun
+from titan_ulysses.ulysses.indexer import INDEXED
 from titan_ulysses.ulysses.linear_attention import recurrence_flops
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
@@ -90,13 +96,24 @@ def attention_flops(config: PreTrainedConfig, documents: tuple[tuple[int, ...], 
 
     For a document of L tokens they are 3 * layers * Hq * (D + Dv) * L^2, with the layers that have
     attention. In forward a head has two matrix products, of 2 * L^2 * D and 2 * L^2 * Dv FLOPs, and
-    the causal mask removes half of them. Backward has twice as many.
+    the causal mask removes half of them. Backward has twice as many. Where an indexer chooses K
+    keys for each query, K (2 L - K) stands in place of L^2, and the indexer's own scores are added,
+    which have no backward.
     """
-    squares = sum(length * length for row in documents for length in row)
+    lengths = [length for row in documents for length in row]
+    squares = sum(length * length for length in lengths)
     layers = layer_configs(config)
     of_layers = len(layers) if len(layers) > 1 else attention_layers(config)
     sizes = sum(sum(head_sizes(layer)) for layer in layers) * (of_layers // len(layers))
-    return 3 * config.num_attention_heads * sizes * squares
+    each = 3 * config.num_attention_heads * sizes // max(1, of_layers)
+    if not (indexed := (layer_types(config) or []).count(INDEXED)):
+        return each * of_layers * squares
+    count = config.index_topk
+    hidden = sum((length - count) ** 2 for length in lengths if length > count)
+    scored = sum(length**2 - count**2 for length in lengths if length > count)
+    indexers = (getattr(config, "indexer_types", None) or ["full"] * indexed).count("full")
+    scores = indexers * config.index_n_heads * config.index_head_dim * scored
+    return each * (of_layers * squares - indexed * hidden) + scores
 
 
 class PeakMemory:

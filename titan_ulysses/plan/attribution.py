@@ -4,7 +4,8 @@ module's forward is on the call stack.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ COMPONENTS = (
     "checkpoints",
     "attention",
     "linear attention",
+    "indexer",
+    "sparse attention",
     "MLP",
     "norm",
     "loss head",
@@ -30,6 +33,12 @@ COMPONENTS = (
 )
 """The purposes that memory can have. "optimizer" is what the optimizer's step needs besides its
 state; "other" is the embedding, residuals and inputs.
+"""
+
+
+SPARSE = ("indexer", "sparse attention")
+"""The components of learned sparse attention: an indexer with its scores, and the core that reads
+what it chose.
 """
 
 
@@ -62,6 +71,7 @@ class Attribution:
         self._numbered = torch.autograd._get_sequence_nr()
         self._latest = OUTSIDE
         self._optimizer_runs = False
+        self._within: str | None = None
         for module, owner in _owners(model, blocks).items():
             # Before all other hooks, so that FSDP's work before the forward counts for this module.
             module.register_forward_pre_hook(self._enter(owner), prepend=True)
@@ -78,6 +88,17 @@ class Attribution:
 
         optimizer.register_step_pre_hook(note(True))
         optimizer.register_step_post_hook(note(False))
+
+    @contextmanager
+    def counted_as(self, component: str) -> Iterator[None]:
+        """Let what runs in this context be of another component of its module."""
+        self.here()
+        self._within = component
+        try:
+            yield
+            self.here()
+        finally:
+            self._within = None
 
     def _enter(self, owner: Owner):
         def hook(*_) -> None:
@@ -109,6 +130,8 @@ class Attribution:
             # A node that `_owners` does not know accumulates a gradient or was created during
             # backward. It counts as part of the operation before it.
             owner = OUTSIDE if node is None else self._owners.get(node._sequence_nr(), self._latest)
+        if self._within is not None:
+            owner = owner._replace(component=self._within)
         made = torch.autograd._get_sequence_nr()
         for number in range(self._numbered, made):
             self._owners[number] = owner
@@ -128,6 +151,8 @@ def _owners(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[nn.Module, Ow
 
     def visit(module: nn.Module, name: str, above: Owner) -> None:
         component = above.component if above.component != "other" else _component(module, mlps)
+        if "indexer" in type(module).__name__.lower():
+            component = "indexer"
         owners[module] = owner = Owner(component, name or "model", layers.get(module, above.layer))
         for child_name, child in module.named_children():
             visit(child, f"{name}.{child_name}" if name else child_name, owner)

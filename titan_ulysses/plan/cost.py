@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 from titan_ulysses.distributed.hardware import DISK_BANDWIDTH, GPU
 from titan_ulysses.launch.nodes import neighbours_on_node
+from titan_ulysses.plan.attribution import SPARSE
 from titan_ulysses.plan.memory import MemoryTracker, tensors_in
 
 _ATTENTION = {
@@ -43,10 +44,19 @@ _MOVE_NOTHING = frozenset(
 _OVERWRITE = frozenset(("copy_", "fill_", "zero_"))
 """Operators that write their first argument, which is also their result, without reading it."""
 
+_READ_ROWS = frozenset(("index", "gather", "index_select", "embedding"))
+"""Operators that read as many numbers of their first argument as the result has, in their order."""
+
 STAGES = {"forward": "forward", "recomputation": "backward", "backward": "backward"}
 """The stage of time that each phase of a step belongs to. All other phases belong to "update"."""
 
-KINDS = ("matmul", "attention forward", "attention backward", "other kernels")
+KINDS = ("matmul", "fp32 matmul", "attention forward", "attention backward", "other kernels")
+"""Of operations. Those of `SPARSE` have their component in front, as in "indexer: matmul".
+"fp32 matmul" has the scores of indexers alone, without TF32, as torch has it by default. The few
+other products in fp32 count as the rest.
+"""
+SEQUENCE_GATHERS = "gathers of a sequence"
+"""Bytes of what sequence-parallel ranks gather: keys of an indexer, and its choice."""
 TO_DEVICE, OFF_DEVICE = "hidden states to the device", "hidden states off the device"
 """Copies of `memory.stream_offload`."""
 
@@ -65,7 +75,8 @@ class Cost:
     """
 
     def total(self, kind: str) -> float:
-        return float(sum(n for (_, of_kind), n in self.amounts.items() if of_kind == kind))
+        """Return the amount of a kind in all stages and components, "matmul" in fp32 too."""
+        return float(sum(n for (_, of_kind), n in self.amounts.items() if of_kind.endswith(kind)))
 
     @property
     def flops(self) -> float:
@@ -115,9 +126,13 @@ class CostCounter:
         if not amount:
             return
         tracker = self._tracker
-        if kind == "exchange":  # its bytes are in the collectives
+        if kind == SEQUENCE_GATHERS:
+            stage, kind = self.add(kind, amount), "exchange"
+        elif kind == "exchange":  # its bytes are in the collectives
             stage = STAGES.get(tracker.attribution.phase, "update")
         else:
+            component = tracker.attribution.here().component
+            kind = f"{component}: {kind}" if component in SPARSE else kind
             stage = self.add(kind, amount)
         tick = Tick(len(tracker.events), stage, kind, amount * tracker.weight, tracker.layer)
         self.ticks.append(tick)
@@ -127,6 +142,10 @@ class CostCounter:
         kind = _counted_as(func)
         if kind == "moved":
             values = (args, kwargs) if func._opname in _OVERWRITE else (args, kwargs, result)
+            if func._opname in _READ_ROWS:
+                values = result, args[1:], kwargs, result
+            elif func._opname == "index_add_":  # rows are read, added to and written
+                values = args[2:], args[3], args[3]
             return "other kernels", sum([x.numel() * x.element_size() for x in tensors_in(values)])
         if kind == "attention":
             backward = _ATTENTION[func] == 5
@@ -141,14 +160,22 @@ class CostCounter:
         if kind == "matmul":
             # torch's formulas do not expect the output dtype that some products take.
             shapes = [x for x in args if not isinstance(x, torch.dtype)]
-            return "matmul", flop_registry[func._overloadpacket](*shapes, **kwargs, out_val=result)
+            flops = flop_registry[func._overloadpacket](*shapes, **kwargs, out_val=result)
+            is_wide = args[0].dtype == torch.float32
+            is_score = is_wide and self._tracker.attribution.here().component == "indexer"
+            return "fp32 matmul" if is_score else "matmul", flops
         if kind == "rows":  # a row for each index; 12 bytes are the index and what goes with it
             table, indices = args[:2] if args[0].ndim > args[1].ndim else args[1:3]
             row = table.shape[1] * table.element_size() + 12
             return "other kernels", indices.numel() * row
-        if kind == "exchange":
-            return "exchange", args[0].numel() * args[0].element_size()
+        if kind in ("exchange", SEQUENCE_GATHERS):
+            return kind, sum([x.numel() * x.element_size() for x in tensors_in(args[0])])
         return "", 0
+
+
+def base_of(kind: str) -> str:
+    """Return the kind of an operation without the part in front of it."""
+    return kind.rpartition(": ")[2]
 
 
 @cache
@@ -165,7 +192,8 @@ def _counted_as(func) -> str:
         return "rows"
     if func.namespace == "aten" and not func.is_view and func._opname not in _MOVE_NOTHING:
         return "moved"
-    return "exchange" if func._opname == "all_to_all_single" else ""
+    # FSDP gathers into one tensor (`_allgather_base_`).
+    return {"all_to_all_single": "exchange", "allgather_": SEQUENCE_GATHERS}.get(func._opname, "")
 
 
 def _grouped_flops(a: Tensor, b: Tensor) -> int:
@@ -240,8 +268,9 @@ class Time:
     """The seconds of a step, by what they are spent on."""
 
     parts: dict[str, float]
-    """Work that runs one after the other, so that its seconds add up: matmul, attention, other
-    kernels, exchange, parameters to the GPU (of a single GPU), offloaded optimizer.
+    """Work that runs one after the other, so that its seconds add up: matmul, the parts of `SPARSE`
+    (all their kernels), attention, other kernels, exchange, parameters to the GPU (of a single
+    GPU), offloaded optimizer.
     """
     hidden: dict[str, float]
     """Transfers that overlap with the computation: FSDP's collectives, and checkpoints and
@@ -291,9 +320,9 @@ def step_time(
     """
     seconds = Counter(
         {
-            key: float(amount) / rates[key[1]]
+            key: float(amount) / rates[base]
             for key, amount in cost.amounts.items()
-            if key[1] in rates
+            if (base := base_of(key[1])) in rates
         }
     )
     exchange = links.exchange_seconds(exchanged, gpu)
@@ -319,6 +348,11 @@ def step_time(
     waits = {name: max(0.0, s - computed.get(name, both)) for name, s in hidden.items()}
     parts = {
         "matmul": sum(s for (_, kind), s in seconds.items() if kind == "matmul"),
+        **{
+            part: sum(s for (_, kind), s in seconds.items() if kind.startswith(f"{part}: "))
+            for part in SPARSE
+            if any(kind.startswith(f"{part}: ") for _, kind in seconds)
+        },
         "attention": sum(s for (_, kind), s in seconds.items() if kind.startswith("attention")),
         "other kernels": sum(s for (_, kind), s in seconds.items() if kind == "other kernels"),
         "exchange": exchange,
@@ -352,7 +386,7 @@ def clock(
     stage that waits, and that of copies of parameters over forward and backward. The transfer of an
     offloaded optimizer's state is spread over the update.
     """
-    own = [float(tick.amount) / rates[tick.kind] for tick in ticks]
+    own = [float(tick.amount) / rates[base_of(tick.kind)] for tick in ticks]
     totals: defaultdict[str, float] = defaultdict(float)
     for tick, seconds in zip(ticks, own, strict=True):
         totals[tick.stage] += seconds

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.plan.attribution import SPARSE
 from titan_ulysses.plan.cost import Time
 from titan_ulysses.plan.planner import Estimate, Plan, Setup, estimate_plan, make_plan
 from titan_ulysses.plan.search import value_of, with_settings
@@ -352,7 +353,7 @@ def _most_gained(settings: Changes, changed: Changes, time: Time) -> float:
     read and write, and what is exchanged again. More copies gain nothing, nor do smaller chunks.
     """
     parts, wait = time.parts, max(time.waits.values())
-    moved = parts["other kernels"] + parts["exchange"] + wait
+    moved = wait + sum(parts.get(name, 0.0) for name in ("other kernels", "exchange", *SPARSE))
     attention = _RECOMPUTED_ATTENTION * parts["attention"]
     kept = settings[_KEEP] == "all"
     recomputed = 0.0 if kept else attention

@@ -30,8 +30,8 @@ from titan_ulysses.plan.memory import Allocation, History, Moment
 from titan_ulysses.plan.simulate import Simulation, no_garbage_collection, simulate
 from titan_ulysses.setup.resolve import RunSpec
 
-_IRREGULAR = ("first_k_dense_replace", "num_kv_shared_layers")
-"""Numbers of layers at one end of a model that differ from the others."""
+_IRREGULAR = ("num_kv_shared_layers",)
+"""Numbers of layers at the end of a model that differ from the others."""
 
 
 def simulate_by_layers(spec: RunSpec, **options: Any) -> Simulation:
@@ -53,7 +53,8 @@ def layers_to_simulate(spec: RunSpec) -> list[int]:
     """Return numbers of layers of which two that follow each other stand for all; empty where no
     fewer would do.
 
-    Each has a period of layers and checkpoints more than the one before. The first has a first
+    Each has a period of layers and checkpoints more than the one before. All have the leading
+    layers that differ from all that follow, as in DeepSeek-V3. Of those, the first has a first
     checkpoint, a last one, and one between, which streamed blocks that share a checkpoint can do
     without. Only with a third one, two layers of each kind are in two of them: the first one and
     the last one of a kind may differ from those between.
@@ -63,10 +64,11 @@ def layers_to_simulate(spec: RunSpec) -> list[int]:
     irregular = any(getattr(model, name, None) for name in _IRREGULAR)
     if irregular or getattr(model, "is_heterogeneous", False) or spec.frozen is not None:
         return []
-    every, period = _every(spec), _whole_period(spec)
+    every, period, lead = _every(spec), _whole_period(spec), _leading(spec)
     is_streamed = every > 1 and spec.config.memory.stream_chunk_tokens >= 0
     least = max((2 if is_streamed else 3) * every, period)
-    few = least + (layers - least) % period  # as many are left over as in the whole model
+    # As many are left over as in the whole model.
+    few = lead + least + (layers - lead - least) % period
     counts = [few, few + period] + [few + 2 * period] * (period > every or is_streamed)
     is_shorter = counts[0] + counts[1] < layers
     return [count for count in counts if count < layers] if is_shorter else []
@@ -79,18 +81,30 @@ def _every(spec: RunSpec) -> int:
 
 
 def _whole_period(spec: RunSpec) -> int:
-    model = spec.model_config
-    return lcm(_period_of(model, model.num_hidden_layers), _every(spec))
+    return lcm(_pattern(spec.model_config)[1], _every(spec))
 
 
-def _period_of(model: PreTrainedConfig, layers: int) -> int:
-    """Return after how many layers the kinds of layers repeat."""
+def _leading(spec: RunSpec) -> int:
+    """Return how many layers come before those that repeat, in whole checkpoints."""
+    lead, every = _pattern(spec.model_config)[0], _every(spec)
+    return -(-lead // every) * every
+
+
+def _pattern(model: PreTrainedConfig) -> tuple[int, int]:
+    """Return how many layers come first that do not repeat, and after how many the others do."""
+    layers = model.num_hidden_layers
     # Some families have no list of kinds, but places of one kind (bamba).
     lists = [*_lists_by_layer(model, layers).values(), layer_types(model) or [""] * layers]
-    return next(
-        p
-        for p in range(1, layers + 1)
-        if all(kinds[i] == kinds[i - p] for kinds in lists for i in range(p, layers))
+    dense = getattr(model, "first_k_dense_replace", None) or 0
+    kinds = [(i < dense, *of_layer) for i, of_layer in enumerate(zip(*lists, strict=True))]
+    return min(
+        (
+            (lead, p)
+            for lead in range(layers)
+            for p in range(1, layers - lead + 1)
+            if kinds[lead + p :] == kinds[lead : layers - p]
+        ),
+        key=lambda found: (sum(found), found),
     )
 
 
@@ -219,7 +233,8 @@ class _Longer:
     def __init__(self, spec: RunSpec, few: Simulation, more: Simulation) -> None:
         self.period = more.layers - few.layers
         # Periods are inserted behind the first one, in which is the first layer of each kind.
-        head = self.period if few.layers >= 2 * self.period else _every(spec)
+        lead = _leading(spec)
+        head = lead + (self.period if few.layers - lead >= 2 * self.period else _every(spec))
         self.times = (spec.model_config.num_hidden_layers - few.layers) // self.period
         """how many periods all layers have more than the few"""
         numbers: dict[Hashable, int] = {}

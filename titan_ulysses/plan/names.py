@@ -18,6 +18,8 @@ COMPONENT_NAMES = {
     "checkpoints": "checkpoints (inputs of blocks)",
     "attention": "activations of attention",
     "linear attention": "activations of linear attention",
+    "indexer": "activations of indexers",
+    "sparse attention": "sparse attention (chosen keys and values)",
     "MLP": "activations of MLPs",
     "norm": "activations of norms",
     "loss head": "loss head (logits, gradients)",

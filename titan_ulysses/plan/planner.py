@@ -20,7 +20,7 @@ from titan_ulysses.distributed.sequence import chunk_length
 from titan_ulysses.launch.nodes import spans_nodes
 from titan_ulysses.model.families import head_sizes, layer_configs
 from titan_ulysses.observability.metrics import attention_flops
-from titan_ulysses.plan.cost import KINDS, Cost, Links, Time, clock, step_time
+from titan_ulysses.plan.cost import KINDS, SEQUENCE_GATHERS, Cost, Links, Time, clock, step_time
 from titan_ulysses.plan.cuda_memory import CudaWorkspace, Reserve, pinned, reserves
 from titan_ulysses.plan.layers import simulate_by_layers
 from titan_ulysses.plan.memory import Allocation, Peak
@@ -155,7 +155,7 @@ class Setup:
     def rates(self) -> dict[str, float]:
         """The rate of each kind of cost: FLOP/s of products, bytes/s of other kernels."""
         attention = self.gpu.attention_rates(self.attention_kernel)
-        rates = self.gpu.matmul, *attention, self.gpu.memory_bandwidth
+        rates = self.gpu.matmul, self.gpu.fp32, *attention, self.gpu.memory_bandwidth
         return dict(zip(KINDS, rates, strict=True))
 
 
@@ -276,14 +276,16 @@ class Estimate:
     @cached_property
     def time(self) -> Time:
         degrees, links = self.setup.degrees, self.setup.links
+        gathers = self.cost.total(SEQUENCE_GATHERS)
         on_disk = bool(self.on_disk)
         place = self.on_disk if on_disk else self.on_host
         checkpoints = place.get("checkpoints", 0) * degrees.accumulation_steps
         return step_time(
             self.cost,
-            exchanged=self.sent("all_to_all"),
+            exchanged=self.exchanged,
             # Bytes of whole tensors: an all-gather hands in a shard, a reduce-scatter the whole.
-            gathered=self.sent("all_gather") * degrees.shard * degrees.sequence
+            gathered=(self.sent("all_gather") - gathers / degrees.sequence)
+            * (degrees.shard * degrees.sequence)
             + self.sent("reduce_scatter"),
             # The sums over replicas. The others are of a few bytes.
             reduced=self.sent("all_reduce") if degrees.replicate > 1 else 0,
@@ -293,6 +295,13 @@ class Estimate:
             links=links,
             rates=self.setup.rates,
         )
+
+    @property
+    def exchanged(self) -> float:
+        """The bytes that a rank of a sequence hands in to all-to-alls. A gather takes as long as an
+        all-to-all of its result.
+        """
+        return self.sent("all_to_all") + self.cost.total(SEQUENCE_GATHERS)
 
     @property
     def seconds_per_token(self) -> float:
@@ -324,7 +333,7 @@ class Plan(Estimate):
         if not check_nodes(setup):
             return None
         inside = replace(setup.links, gpus_per_node=setup.world_size)
-        return inside.exchange_seconds(self.sent("all_to_all"), setup.gpu)
+        return inside.exchange_seconds(self.exchanged, setup.gpu)
 
     @cached_property
     def clock(self) -> list[tuple[int, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from fractions import Fraction
 from functools import partial
 from itertools import chain, pairwise
@@ -63,7 +64,8 @@ class Standin:
     ) -> Tensor:
         if chosen is not None:  # gathers and matrix products, the same on every device
             scores = of_documents(documents, scale, chosen=chosen)
-            return attend_documents(q, k, v, sinks, scores)
+            with self._sparse():
+                return attend_documents(q, k, v, sinks, scores)
         pairs = sum(_pairs(length, window) for row in documents for length in row)
         self._note(Fraction(pairs, len(documents)))
         grouped = q.shape[2] != k.shape[2]
@@ -81,7 +83,8 @@ class Standin:
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         if scores.chosen is not None:
-            return CHOSEN.forward(q, k, v, scores)
+            with self._sparse():
+                return CHOSEN.forward(q, k, v, scores)
         self._note(_pairs_of_pieces(scores))
         size = v.shape[-1]
         output, lse = _FORWARD(*_heads_first(q, k, v), 0.0, False, scale=scores.scale)
@@ -102,7 +105,8 @@ class Standin:
     ) -> Tensor:
         """Do what `CUDA_FLASH` does: the queries' own keys, then blocks of earlier ones."""
         if scores.chosen is not None:
-            return CHOSEN.backward(grad, q, k, v, output, lse, scores, dk=dk, dv=dv)
+            with self._sparse():
+                return CHOSEN.backward(grad, q, k, v, output, lse, scores, dk=dk, dv=dv)
         pairs, size = _pairs_of_pieces(scores), q.shape[-1]
         own = len(k) if scores.ahead else len(q)
         starts = [*range(own, len(k), CUDA_BLOCK)]
@@ -124,6 +128,9 @@ class Standin:
             else:
                 dq.add_(parts[0])
         return dq[..., :size].to(q.dtype)
+
+    def _sparse(self) -> AbstractContextManager[None]:
+        return self.tracker.attribution.counted_as("sparse attention")
 
     def _note(self, pairs: Amount) -> None:
         """Note the scores of a row that the layer's next calls compute."""

@@ -20,6 +20,7 @@ from titan_ulysses.optim.adamw import check_shards
 from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.setup.resolve import RunSpec
+from titan_ulysses.ulysses.indexer import unfreeze_indexers
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
     from transformers import PreTrainedModel
@@ -59,6 +60,8 @@ def build_model(
         float8_layers = use_float8(find_blocks(model)[1], tokens=tokens)
     if config.lora.rank:
         add_adapters(model, config.lora)
+        if config.loss.indexer != "frozen":  # before what is frozen gets another dtype
+            unfreeze_indexers(find_blocks(model)[1])
     freeze(model, config.model.freeze)
     if config.model.vision == "frozen":
         freeze_towers(model)

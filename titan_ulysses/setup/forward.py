@@ -311,7 +311,7 @@ class Sharding:
         """Return the hidden states [B, T, h]; and the router loss and the number of labels on all
         ranks, if there is such a loss, and labels whose batch it belongs to.
         """
-        if INDEXED in (layer_types(self.decoder.config) or ()):
+        if INDEXED in (layer_types(self.decoder.config.get_text_config()) or ()):
             # In place of a mask [B, 1, S, S], which the decoder would build.
             stand_in = inputs["position_ids"].new_zeros((1, 1, 1, 1), dtype=torch.float32)
             inputs["attention_mask"] = {INDEXED: stand_in}

@@ -63,6 +63,13 @@ def has_unknown_indexers(model: nn.Module) -> bool:
     return {id(found) for _, found in indexers_of(model)} != {id(x) for x in every} or not every
 
 
+def unfreeze_indexers(blocks: nn.ModuleList) -> None:
+    """Let all parameters of indexers be trained, beside adapters of a model that is frozen."""
+    for block in blocks:
+        for _, module in indexers_of(block):
+            module.requires_grad_(True)
+
+
 Training = Literal["frozen", "warmup", "joint"]
 """Whether indexers learn by their own loss (indexer_loss.py), and from which keys."""
 

@@ -17,6 +17,7 @@ sum_j exp(s_ij) and the output o_i = sum_j exp(s_ij - L_i) v_j. Two facts carry 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -101,19 +102,19 @@ class _WholeAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores
     ) -> Tensor:
-        ctx.scores = scores
         output, lse = KERNELS.forward(q, k, v, scores)
         if sinks is not None:
             output, lse = with_sinks(output, lse, sinks)
-        ctx.save_for_backward(q, k, v, output, lse, sinks)
+        ctx.scores = replace(scores, chosen=None)  # saved tensors are released after backward
+        ctx.save_for_backward(q, k, v, output, lse, sinks, scores.chosen)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, output, lse, sinks = ctx.saved_tensors
+        q, k, v, output, lse, sinks, chosen = ctx.saved_tensors
         gradient = None if sinks is None else sinks_gradient(grad, output, lse, sinks)
-        saved = grad, q, k, v, output, lse, ctx.scores
-        if _best(q, ctx.scores) is CUDA_FLASH:
+        saved = grad, q, k, v, output, lse, replace(ctx.scores, chosen=chosen)
+        if _best(q, saved[-1]) is CUDA_FLASH:
             gradients = flash_gradients(*saved)
         else:
             dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))
