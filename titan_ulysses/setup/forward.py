@@ -233,11 +233,7 @@ class Sharding:
         return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss)
 
     def _predict(
-        self,
-        model: PreTrainedModel,
-        hidden: Tensor,
-        inputs: dict[str, Any],
-        prediction: Prediction,
+        self, model: PreTrainedModel, hidden: Tensor, inputs: dict[str, Any], prediction: Prediction
     ) -> Tensor:
         """Return this rank's part of the loss of the prediction layer, with its weight, from the
         model's hidden states [B, T, h]. Positions are those of the tokens after them.

@@ -139,17 +139,15 @@ def _newer_form(given: dict[str, Any]) -> dict[str, Any]:
 
 def options_of(config: Config, core: Core) -> ParallelOptions:
     """Return the options that a config asks for, with core as the core attention."""
-    training = config.training
+    training, loss = config.training, config.loss
     return ParallelOptions(
         attention=core,
         activation_checkpoint=config.activation_checkpoint,
         memory=config.memory,
         compile=config.compile,
         z_loss=training.z_loss,
-        indexer=config.loss.indexer,
-        label_smoothing=(
-            config.loss.label_smoothing if config.loss.name == "cross_entropy" else 0.0
-        ),
+        indexer=loss.indexer,
+        label_smoothing=loss.label_smoothing if loss.name == "cross_entropy" else 0.0,
         param_dtype=getattr(torch, training.param_dtype),
         reduce_dtype=getattr(torch, training.reduce_dtype),
     )
@@ -166,13 +164,12 @@ def obstacle_to_streaming(
     assert callable(options.attention)
     memory, kept = options.memory, options.activation_checkpoint.keep_attention
     reason = None
+    needs = 'needs layers that are streamed: {}. Set it to "none".'
     if memory.stream_chunk_tokens == -1:
         reason = "memory.stream_chunk_tokens is off"
         if kept != "none":
-            raise UserError(
-                f'activation_checkpoint.keep_attention = "{kept}" needs layers that are streamed: '
-                f'{reason}. Set it to "none".'
-            )
+            setting = f'activation_checkpoint.keep_attention = "{kept}"'
+            raise UserError(f"{setting} {needs.format(reason)}")
     elif not options.checkpoint_every:
         reason = "it keeps only the inputs of blocks, and there are no activation checkpoints"
     elif pieces_of(options.attention) is None:
@@ -186,10 +183,8 @@ def obstacle_to_streaming(
             '"auto" or "off".'
         )
     if reason and memory.stream_offload != "none":
-        raise UserError(
-            f'memory.stream_offload = "{memory.stream_offload}" needs layers that are streamed: '
-            f'{reason}. Set it to "none".'
-        )
+        setting = f'memory.stream_offload = "{memory.stream_offload}"'
+        raise UserError(f"{setting} {needs.format(reason)}")
     wanted = memory.stream_chunk_tokens > 0 or memory.stream_offload != "none"
     if reason is None and not wanted and device_type == "cuda":
         if "softcap" in attention_needs(model_config):

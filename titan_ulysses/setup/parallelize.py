@@ -140,12 +140,8 @@ def parallelize(
     if mesh.device.type == "cuda":
         warn_of_fragmentation()
     if isinstance(options.attention, str):
-        core, _ = select_core(
-            options.attention,
-            text,
-            device_type=mesh.device.type,
-            dtype=options.param_dtype,
-        )
+        where = {"device_type": mesh.device.type, "dtype": options.param_dtype}
+        core, _ = select_core(options.attention, text, **where)
         options = options.changed(attention=core)
     folder, store = options.activation_checkpoint.offload_folder, None
     if options.store != "none":
@@ -171,16 +167,10 @@ def verified_options(
     UserError if there are none.
     """
     # Verification runs in fp64 and is about the family's code, so unrelated options are left out.
-    plain = ParallelOptions(
-        activation_checkpoint=options.activation_checkpoint.model_copy(
-            update={"keep_attention": "none"}
-        ),
-        memory={
-            "loss_tile_tokens": options.memory.loss_tile_tokens,
-            "mlp_tile_tokens": options.memory.mlp_tile_tokens,
-            "stream_chunk_tokens": -1,
-        },
-    ).resolved(torch.float64)
+    checkpoint = options.activation_checkpoint.model_copy(update={"keep_attention": "none"})
+    tiles = options.memory.model_dump(include={"loss_tile_tokens", "mlp_tile_tokens"})
+    memory = tiles | {"stream_chunk_tokens": -1}
+    plain = ParallelOptions(activation_checkpoint=checkpoint, memory=memory).resolved(torch.float64)
 
     def shard(tiny: PreTrainedModel, core: Core, tiling: dict[str, Any]) -> None:
         options = plain.changed(attention=core, **tiling)
@@ -364,26 +354,23 @@ def automatic_mlp_tile(config: PreTrainedConfig, dtype: torch.dtype, device_type
 
 def check_stream_offload(model: PreTrainedModel, offload: str, device_type: str) -> None:
     """Raise UserError if the decoder does more with hidden states than to call its parts."""
-    setting = f'memory.stream_offload = "{offload}"'
+    why = None
     if classifies(model):
-        raise UserError(
-            f"{setting}: the scores of a classifier need the hidden states on the device. Set it "
-            'to "none".'
+        why = "the scores of a classifier need the hidden states on the device"
+    elif has_vision(model.config) and device_type != "cpu":
+        why = (
+            "a model of images and text writes features into hidden states between its layers, and "
+            "on a GPU would not wait until those are in host memory"
         )
-    if has_vision(model.config) and device_type != "cpu":
-        raise UserError(
-            f"{setting}: a model of images and text writes features into hidden states between its "
-            'layers, and on a GPU would not wait until those are in host memory. Set it to "none".'
+    elif getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
+        why = (
+            "this model's layers take inputs besides the hidden states, which its decoder computes "
+            "from the whole sequence"
         )
-    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
-        raise UserError(
-            f"{setting}: this model's layers take inputs besides the hidden states, which its "
-            'decoder computes from the whole sequence. Set it to "none".'
-        )
-    if not _needs_no_weight_in_backward(model.get_input_embeddings()):
-        raise UserError(
-            f'{setting}: the embedding of this model is not a look-up. Set it to "none".'
-        )
+    elif not _needs_no_weight_in_backward(model.get_input_embeddings()):
+        why = "the embedding of this model is not a look-up"
+    if why:
+        raise UserError(f'memory.stream_offload = "{offload}": {why}. Set it to "none".')
 
 
 def offload_sequences(model: PreTrainedModel, decoder: nn.Module, sequences: SequenceStore) -> None:
@@ -398,12 +385,7 @@ def offload_sequences(model: PreTrainedModel, decoder: nn.Module, sequences: Seq
     model.get_output_embeddings().sequences = sequences
 
 
-def _shard(
-    mesh: Mesh,
-    options: ParallelOptions,
-    *modules: nn.Module,
-    **how: Any,
-) -> None:
+def _shard(mesh: Mesh, options: ParallelOptions, *modules: nn.Module, **how: Any) -> None:
     """Make modules one FSDP group, whose parameters are gathered together."""
     use_one_dtype(*modules)
     offload = OffloadPolicy()
@@ -456,9 +438,7 @@ def shard_blocks(model: PreTrainedModel, blocks: nn.ModuleList, shard: Callable[
     # parameter that belongs to two groups.
     for group in [[embedding, head]] if embedding.weight is head.weight else [[embedding], [head]]:
         shard(*group)
-        group[0].set_unshard_in_backward(
-            not all(_needs_no_weight_in_backward(module) for module in group)
-        )
+        group[0].set_unshard_in_backward(not all(map(_needs_no_weight_in_backward, group)))
 
 
 def _cast_inputs(
@@ -498,9 +478,9 @@ def _needs_no_weight_in_backward(module: nn.Module) -> bool:
     A loss head computes its gradients in forward, and the gradient of an embedding look-up is a sum
     of rows.
     """
-    is_look_up = type(module).forward is nn.Embedding.forward or type(module).__name__.endswith(
-        "ScaledWordEmbedding"
-    )
+    kind = type(module)
+    is_look_up = kind.forward is nn.Embedding.forward
+    is_look_up = is_look_up or kind.__name__.endswith("ScaledWordEmbedding")
     return isinstance(module, LossHead) or is_look_up
 
 

@@ -150,10 +150,7 @@ def resolve(
     if multiple := config.model.resize_embeddings:
         grow_vocabulary(model_config, num_token_ids=token_ids, multiple=multiple)
     degrees = check(
-        config,
-        world_size=world_size,
-        model_config=model_config,
-        num_token_ids=token_ids,
+        config, world_size=world_size, model_config=model_config, num_token_ids=token_ids
     )
     spec = RunSpec(
         config=config,

@@ -101,12 +101,7 @@ def first_rows(
 
 
 def show_source(
-    console: Console,
-    encoder: Encoder,
-    source: SourceSettings,
-    *,
-    setting: str,
-    rows: int,
+    console: Console, encoder: Encoder, source: SourceSettings, *, setting: str, rows: int
 ) -> None:
     """Print the first rows of a source, and how many of their tokens are trained on."""
     if not source.path:

@@ -7,14 +7,8 @@ from typing import Any
 from titan_ulysses.tools.migration import key_rules as to
 from titan_ulysses.tools.migration.key_rules import Flat, Lost
 
-_SOURCES = {
-    "huggingface_instruct": {"source": "chat"},
-    "huggingface_causal": {"source": "hf"},
-}
-_IN_MESSAGES = {
-    "HuggingFaceH4/ultrachat_200k",
-    "THUDM/LongAlign-10k",
-}
+_SOURCES = {"huggingface_instruct": {"source": "chat"}, "huggingface_causal": {"source": "hf"}}
+_IN_MESSAGES = {"HuggingFaceH4/ultrachat_200k", "THUDM/LongAlign-10k"}
 """Data sets whose rows have lists of {role, content}, as its own table of data sets says."""
 _ROLES = {"user": "messages.role.user", "assistant": "messages.role.assistant"}
 
@@ -132,11 +126,7 @@ ARCTIC = to.Format(
         to.same("seed data.seed", "training.seed"),
         to.same("sequence_parallel_size", to.SEQUENCE),
         to.only("expert_parallel_size", (1,), "no expert parallelism"),
-        to.choice(
-            "activation_checkpoint_cpu_offload",
-            "activation_checkpoint.offload",
-            {True: "host", False: None},
-        ),
+        to.switch("activation_checkpoint_cpu_offload", "activation_checkpoint.offload", "host"),
         to.choice(
             "tiled_mlp_compute",
             "memory.mlp_tile_tokens",
@@ -154,11 +144,7 @@ ARCTIC = to.Format(
         to.same("model.name_or_path", "model.path"),
         to.dtype("model.dtype"),
         to.attention("model.attn_implementation"),
-        to.choice(
-            "model.disable_activation_checkpoint",
-            "activation_checkpoint.mode",
-            {True: "none", False: None},
-        ),
+        to.switch("model.disable_activation_checkpoint", "activation_checkpoint.mode", "none"),
         to.only("model.peft_config.peft_type", ("LORA",), "no adapters other than LoRA"),
         to.same("model.peft_config.r", "lora.rank"),
         to.same("model.peft_config.lora_alpha", "lora.alpha"),
@@ -208,11 +194,11 @@ ARCTIC = to.Format(
             },
         ),
         to.needless("scheduler.type", "see [lr_scheduler]"),
-        to.computed(
+        to.of_warmup(
             "scheduler.warmup_ratio",
+            "scheduler.name",
             "`lr_scheduler.warmup_ratio`; `lr_scheduler.warmup_steps`, of train_iters",
-            to.unless_constant("scheduler.name", _warmup),
-            "constant has none",
+            _warmup,
         ),
         to.computed("checkpoint", "`checkpoint.*`, `checkpoint.export`", _checkpoint),
         to.same("wandb.enable", "metrics.enable_wandb"),

@@ -120,12 +120,7 @@ def _streams(values: Flat) -> bool:
 
 
 def _packing(value: bool, values: Flat) -> Flat:
-    if not _streams(values):
-        return {"data.packing": "best_fit" if value else "none"}
-    found = {"data.packing": "concat"}
-    if not value:
-        raise Lost("documents that are read during training are packed, end to end", found)
-    return found
+    return to.packing(value, streams=_streams(values))
 
 
 def _long(value: str, values: Flat) -> Flat:
@@ -144,10 +139,6 @@ def _long(value: str, values: Flat) -> Flat:
             {"data.long_documents": "split"},
         )
     return {"data.long_documents": "drop"}
-
-
-def _epochs(value: float, values: Flat) -> Flat:
-    return {} if values.get("max_steps") else {"training.epochs": value}
 
 
 def _of_epoch(section: str, value: float, values: Flat) -> Flat:
@@ -222,18 +213,15 @@ def _warmup_ratio(share: float | str, values: Flat) -> Flat:
     return {"lr_scheduler.warmup_steps": 2 if steps == 1 else steps}  # it makes 2 of 1
 
 
-_OTHERS = "docs/trainers.md has TRL's trainers in sequence parallelism"
-
-
 def _rl(value: str, values: Flat) -> Flat:
     if value and value not in PREFERENCES:
-        raise Lost(_OTHERS)
+        raise Lost(to.OTHER_LOSSES)
     found: Flat = {"loss.name": value} if value else {}
     if value:
         betas = (values.get(key) for key in ("rl_beta", "trl.beta", "orpo_alpha"))
         found["loss.beta"] = next((one for one in betas if one is not None), 0.1)  # TRL's
     if value == "simpo" and values.get("cpo_alpha") != 0:
-        raise Lost("cpo_alpha, 1 unless it is set, adds a cross-entropy that is not here", found)
+        raise Lost(to.CPO_ALPHA, found)
     return found
 
 
@@ -242,10 +230,14 @@ def _of_loss(ours: str, *losses: str) -> Callable[[Any, Flat], Flat]:
 
     def become(value: Any, values: Flat) -> Flat:
         if values.get("rl") not in losses:
-            raise Lost(_OTHERS)
+            raise Lost(to.OTHER_LOSSES)
         return {ours: value}
 
     return become
+
+
+def _has_adapters(values: Flat) -> bool:
+    return bool(values.get("adapter"))
 
 
 _FULL = {"activation_checkpoint.mode": "full"}
@@ -297,19 +289,19 @@ AXOLOTL = to.Format(
         to.accumulation(
             batch="micro_batch_size", sequence=["context_parallel_size", "sequence_parallel_degree"]
         ),
-        to.computed("num_epochs", "`training.epochs`, without max_steps", _epochs),
+        to.computed("num_epochs", "`training.epochs`, without max_steps", hf.epochs),
         to.computed("lr_scheduler", "`lr_scheduler.*`, with lr_scheduler_kwargs", _schedule),
-        to.computed(
+        to.of_warmup(
             "warmup_steps",
+            "lr_scheduler",
             "`lr_scheduler.warmup_steps`; a share: of max_steps",
-            to.unless_constant("lr_scheduler", _warmup),
-            "constant has none",
+            _warmup,
         ),
-        to.computed(
+        to.of_warmup(
             "warmup_ratio",
+            "lr_scheduler",
             "`lr_scheduler.warmup_ratio`; `lr_scheduler.warmup_steps`, of max_steps",
-            to.unless_constant("lr_scheduler", _warmup_ratio),
-            "constant has none",
+            _warmup_ratio,
         ),
         to.needless("cosine_min_lr_ratio", "it is lr_scheduler.min_lr_ratio of cosine"),
         to.lost("cosine_constant_lr_ratio", "the decay ends with the run"),
@@ -319,7 +311,7 @@ AXOLOTL = to.Format(
             "training.param_dtype",
             {True: "bfloat16", "auto full": "bfloat16", False: "float32"},
         ),
-        to.choice("fp8", "quantize.float8", {True: True, False: None}),
+        to.switch("fp8", "quantize.float8"),
         to.choice(
             "gradient_checkpointing",
             "activation_checkpoint.mode",
@@ -339,8 +331,8 @@ AXOLOTL = to.Format(
         to.needless("chunked_cross_entropy* flash_attn_cross_entropy liger_*", "the loss is tiled"),
         to.attention("attn_implementation"),
         to.needless("flash_attention", to.FLASH),
-        to.choice("sdp_attention", "model.attention", {True: "sdpa", False: None}),
-        to.choice("flex_attention", "model.attention", {True: "flex", False: None}),
+        to.switch("sdp_attention", "model.attention", "sdpa"),
+        to.switch("flex_attention", "model.attention", "flex"),
         to.same("context_parallel_size sequence_parallel_degree", to.SEQUENCE, _RING),
         to.needless("ring_attn_func heads_k_stride", _RING),
         to.same("dp_shard_size", to.SHARD),
@@ -348,21 +340,11 @@ AXOLOTL = to.Format(
         to.only("tensor_parallel_size", (1,), to.NO_TENSOR),
         to.choice("torch_compile", "compile.enable", {True: True, False: None, "auto": None}),
         to.choice("adapter", "lora.quantize_base", {"lora": None, "qlora": "nf4", "": None}),
-        to.same("lora_r", "lora.rank"),
-        to.same("lora_alpha", "lora.alpha"),
-        to.computed(
-            "lora_dropout",
-            "lora.dropout",
-            lambda value, values: {"lora.dropout": value} if values.get("adapter") else {},
-            "of an adapter",
-        ),
-        to.in_list("lora_target_modules", "lora.target_modules"),
+        *to.adapters("lora_r", "lora_target_modules", _has_adapters, prefix="peft_"),
         to.in_list("lora_target_parameters", "lora.target_parameters"),
-        to.same("peft_use_rslora", "lora.use_rslora"),
-        to.same("peft_use_dora", "lora.use_dora"),
         to.needless("lora_mlp_kernel lora_qkv_kernel lora_o_kernel", "axolotl's own kernels"),
-        to.choice("lora_target_linear", "lora.target_modules", {True: [], False: None}),
-        to.choice("load_in_4bit", "lora.quantize_base", {True: "nf4", False: None}),
+        to.switch("lora_target_linear", "lora.target_modules", []),
+        to.switch("load_in_4bit", "lora.quantize_base", "nf4"),
         to.lost("load_in_8bit", "no weights in 8 bits"),
         to.lost("unfrozen_parameters", "name what is frozen in model.freeze"),
         to.same("overrides_of_model_config.rope_scaling", "model.rope_scaling"),
@@ -377,11 +359,7 @@ AXOLOTL = to.Format(
         ),
         to.needless("wandb_*", "set WANDB_PROJECT and others in the environment"),
         to.lost("special_tokens*", "add them to the tokenizer (docs/fine-tuning.md)"),
-        to.only(
-            "chat_template",
-            ("tokenizer_default",),
-            "put it into the folder of the tokenizer",
-        ),
+        to.only("chat_template", ("tokenizer_default",), "put it into the folder of the tokenizer"),
         to.computed("plugins", "liger and cut cross entropy are not needed", _plugins),
         to.needless("auto_resume_from_checkpoints", "the same command resumes"),
         to.needless("pad_to_sequence_len", "sequences have one length"),
@@ -394,7 +372,7 @@ AXOLOTL = to.Format(
         to.only("pretrain_multipack_attn", (True,), "documents never see each other"),
         *hf.rules(
             sequence=["context_parallel_size", "sequence_parallel_degree"],
-            has_adapters=lambda values: bool(values.get("adapter")),
+            has_adapters=_has_adapters,
         ),
     ],
     {

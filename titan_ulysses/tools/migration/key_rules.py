@@ -190,6 +190,11 @@ def choice(
     return Rule(theirs, become, "; ".join(text), why)
 
 
+def switch(theirs: str, ours: str, value: Any = True) -> Rule:
+    """Keys that are true or false: true stands for a value of ours, and false for nothing."""
+    return choice(theirs, ours, {True: value, False: None})
+
+
 def _by_value(table: dict[Any, Any]) -> dict[Any, Any]:
     return {value: found for values, found in table.items() for value in _split(values)}
 
@@ -209,6 +214,8 @@ REPLICATE = "parallelism.data_parallel_replicate_degree"
 FLASH = 'model.attention = "auto" takes the flash kernel of torch, or FlashAttention 3 or 4'
 NO_TENSOR = "no tensor parallelism: raise parallelism.sequence_parallel_degree instead"
 FP16 = "fp16 needs loss scaling: take bf16"
+OTHER_LOSSES = "docs/trainers.md has TRL's trainers in sequence parallelism"
+CPO_ALPHA = "cpo_alpha, 1 unless it is set, adds a cross-entropy that is not here"
 
 
 def attention(theirs: str) -> Rule:
@@ -248,8 +255,12 @@ def weight_decay(theirs: str, has_adapters: Callable[[Flat], bool]) -> Rule:
     return computed(theirs, "optimizer.weight_decay", become)
 
 
-def adapters(rank: str, targets: str, are_trained: Callable[[Flat], bool]) -> list[Rule]:
-    """The rules of LoRA. rank, targets: their keys; are_trained: whether a recipe has adapters."""
+def adapters(
+    rank: str, targets: str, are_trained: Callable[[Flat], bool], prefix: str = ""
+) -> list[Rule]:
+    """The rules of LoRA. rank, targets: their keys; are_trained: whether a recipe has adapters;
+    prefix: that of use_rslora and use_dora.
+    """
 
     def rule(theirs: str, ours: str) -> Rule:
         def become(value: Any, values: Flat) -> Flat:
@@ -272,8 +283,8 @@ def adapters(rank: str, targets: str, are_trained: Callable[[Flat], bool]) -> li
         rule("lora_alpha", "lora.alpha"),
         rule("lora_dropout", "lora.dropout"),
         rule(targets, "lora.target_modules"),
-        rule("use_rslora", "lora.use_rslora"),
-        rule("use_dora", "lora.use_dora"),
+        rule(f"{prefix}use_rslora", "lora.use_rslora"),
+        rule(f"{prefix}use_dora", "lora.use_dora"),
     ]
 
 
@@ -281,8 +292,21 @@ TWICE_THE_RANK = "twice the rank"
 OF_PEFT = "those that peft chooses for the type of the model"
 
 
-def sources(found: Sequence[tuple[Flat, str]]) -> Flat:
+def packing(packs: Any, *, streams: bool) -> Flat:
+    """Return [data] of documents that are packed, or not; those of a stream always are."""
+    if not streams:
+        return {"data.packing": "best_fit" if packs else "none"}
+    if not packs:
+        why = "what is read during training is packed, end to end"
+        raise Lost(why, {"data.packing": "concat"})
+    return {"data.packing": "concat"}
+
+
+def sources(found: Sequence[tuple[Flat, str]], weights: Sequence[Any] | None = None) -> Flat:
     """Return [data] of several sources: the keys of each, and what of it is lost."""
+    for (keys, _), weight in zip(found, weights, strict=True) if weights else ():
+        if keys:
+            keys["weight"] = float(weight)
     each = [keys for keys, _ in found if keys]
     why = [lost for _, lost in found if lost]
     if len(each) == 1:
@@ -340,10 +364,8 @@ def warmup(share: float, steps: int) -> Flat:
     return {"lr_scheduler.warmup_steps": int(share * steps)}
 
 
-def unless_constant(
-    schedule: str, become: Callable[[Any, Flat], Flat]
-) -> Callable[[Any, Flat], Flat]:
-    """Return the same rule of a warm-up, which transformers' schedule "constant" has not.
+def of_warmup(theirs: str, schedule: str, ours: str, become: Callable[[Any, Flat], Flat]) -> Rule:
+    """The rule of a warm-up, which transformers' schedule "constant" has not.
 
     schedule: their key of the schedule.
     """
@@ -353,22 +375,19 @@ def unless_constant(
             return {"lr_scheduler.warmup_steps": 0}
         return become(value, values)
 
-    return warmup
+    return computed(theirs, ours, warmup, "constant has none")
 
 
 def zero_offload(optimizer: str, parameters: str) -> list[Rule]:
     """The rules of the two devices that DeepSpeed may offload to."""
+
+    def rule(theirs: str, ours: str, what: str) -> Rule:
+        on_disk = {"nvme": f"{what} on a disk"}
+        return choice(theirs, f"memory.{ours}_offload", {"cpu": True, "none": None}, on_disk)
+
     return [
-        choice(
-            theirs,
-            f"memory.{ours}_offload",
-            {"cpu": True, "none": None},
-            {"nvme": f"{what} on a disk"},
-        )
-        for theirs, ours, what in (
-            (optimizer, "optimizer", "optimizer state"),
-            (parameters, "parameter", "parameters"),
-        )
+        rule(optimizer, "optimizer", "optimizer state"),
+        rule(parameters, "parameter", "parameters"),
     ]
 
 
@@ -377,13 +396,12 @@ def deepspeed(prefix: str) -> list[Rule]:
     zero, auto = f"{prefix}.zero_optimization", "other keys say it"
 
     def unless_auto(theirs: str, ours: str) -> Rule:
-        return computed(
-            theirs,
-            ours,
-            lambda value, _: {} if value == "auto" else {ours: value},
-            "auto: others say",
-        )
+        def become(value: Any, _: Flat) -> Flat:
+            return {} if value == "auto" else {ours: value}
 
+        return computed(f"{prefix}.{theirs}", ours, become, "auto: others say")
+
+    bf16 = {True: "bfloat16", False: None, "auto": None}
     return [
         needless(f"{zero}.stage", "FSDP2 shards parameters, gradients and optimizer state"),
         *zero_offload(f"{zero}.offload_optimizer.device", f"{zero}.offload_param.device"),
@@ -392,15 +410,11 @@ def deepspeed(prefix: str) -> list[Rule]:
             f"{prefix}.seq_parallel_communication_data_type",
             "the exchange keeps the dtype of activations",
         ),
-        choice(
-            f"{prefix}.bf16.enabled",
-            "training.param_dtype",
-            {True: "bfloat16", False: None, "auto": None},
-        ),
+        choice(f"{prefix}.bf16.enabled", "training.param_dtype", bf16),
         choice(f"{prefix}.fp16.enabled", "", {False: None, "auto": None}, {True: FP16}),
         needless(f"{prefix}.fp16.*", "there is no training in fp16"),
-        unless_auto(f"{prefix}.gradient_clipping", "training.max_norm"),
-        unless_auto(f"{prefix}.train_micro_batch_size_per_gpu", "training.local_batch_size"),
+        unless_auto("gradient_clipping", "training.max_norm"),
+        unless_auto("train_micro_batch_size_per_gpu", "training.local_batch_size"),
         only(f"{prefix}.gradient_accumulation_steps", (1, "auto"), auto),
         only(f"{prefix}.train_batch_size", ("auto",), auto),
         needless(f"{prefix}.activation_checkpointing.*", "see activation_checkpoint.mode"),

@@ -92,12 +92,9 @@ def _names(value: Any) -> list[str]:
 
 
 def _datasets(value: Any, values: Flat) -> Flat:
+    shares = values.get("interleave_probs")
     found = [_dataset(name, values) for name in _names(value)]
-    if shares := values.get("interleave_probs"):
-        for (keys, _), share in zip(found, _names(shares), strict=True):
-            if keys:
-                keys["weight"] = float(share)
-    return to.sources(found)
+    return to.sources(found, _names(shares) if shares else None)
 
 
 def _stage(_: str, values: Flat) -> Flat:
@@ -109,7 +106,7 @@ def _stage(_: str, values: Flat) -> Flat:
     names = {"sigmoid": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
     name = "kto" if value == "kto" else names.get(values["pref_loss"]) if value == "dpo" else None
     if not name:
-        raise Lost("docs/trainers.md has TRL's trainers in sequence parallelism")
+        raise Lost(to.OTHER_LOSSES)
     return {"loss.name": name}
 
 
@@ -121,16 +118,15 @@ def _packing(value: Any, values: Flat) -> Flat:
     """packing and neat_packing: those of pretraining are packed unless they say no."""
     stage, neat = values["stage"], values.get("neat_packing")
     packs = neat or (stage == "pt" if value == "of pretraining" else value)
-    if stage == "pt" or values.get("streaming"):
-        if values.get("streaming") and not packs:
-            raise Lost("what is read during training is packed", {"data.packing": "concat"})
+    if values.get("streaming"):
+        return to.packing(packs, streams=True)
+    if stage == "pt":
         return {"data.packing": "concat" if packs else "none"}
     if stage != "sft" or not packs:
         return {"data.packing": "none"}
     if not neat:
-        raise Lost(
-            "without neat_packing, documents see each other there", {"data.packing": "best_fit"}
-        )
+        why = "without neat_packing, documents see each other there"
+        raise Lost(why, {"data.packing": "best_fit"})
     return {"data.packing": "best_fit"}
 
 

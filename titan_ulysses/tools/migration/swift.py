@@ -67,11 +67,9 @@ def _dataset(name: str, values: Flat) -> tuple[Flat, str]:
 
 
 def _datasets(value: Any, values: Flat) -> Flat:
-    found = [_dataset(one, values) for one in (value if isinstance(value, list) else [value])]
-    if shares := values.get("interleave_prob"):
-        for (keys, _), share in zip(found, shares, strict=True):
-            keys["weight"] = float(share)
-    return to.sources(found)
+    names = value if isinstance(value, list) else [value]
+    found = [_dataset(name, values) for name in names]
+    return to.sources(found, values.get("interleave_prob"))
 
 
 def _length(value: Any, _: Flat) -> Flat:
@@ -81,14 +79,10 @@ def _length(value: Any, _: Flat) -> Flat:
 
 
 def _packing(value: bool, values: Flat) -> Flat:
-    if values.get("streaming"):
-        found = {"data.packing": "concat"}
-        if not value:
-            raise Lost("what is read during training is packed", found)
-        return found
-    if values.get("packing_strategy", "binpack") != "binpack" and value:
+    streams = bool(values.get("streaming"))
+    if value and not streams and values.get("packing_strategy", "binpack") != "binpack":
         raise Lost("packing_strategy: documents are reordered", {"data.packing": "best_fit"})
-    return {"data.packing": "best_fit" if value else "none"}
+    return to.packing(value, streams=streams)
 
 
 def _long(value: str, values: Flat) -> Flat:
@@ -140,14 +134,12 @@ def _loss(value: str, values: Flat) -> Flat:
     if value == "rm":
         return {"loss.name": "reward"}
     if value not in _BETAS:
-        raise Lost("docs/trainers.md has TRL's trainers in sequence parallelism")
+        raise Lost(to.OTHER_LOSSES)
     found = {"loss.name": value, "loss.beta": float(values.get("beta", _BETAS[value]))}
     if value == "simpo":
         found["loss.simpo_gamma"] = float(values.get("simpo_gamma", 1))
         if values.get("cpo_alpha") != 0:
-            raise Lost(
-                "cpo_alpha, 1 unless it is set, adds a cross-entropy that is not here", found
-            )
+            raise Lost(to.CPO_ALPHA, found)
     return found
 
 

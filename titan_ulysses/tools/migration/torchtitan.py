@@ -92,19 +92,13 @@ TORCHTITAN = to.Format(
         to.same("training.data_parallel_replicate_degree", to.REPLICATE, "before 0.1"),
         to.only("training.data_parallel_type", ("fsdp",), "set data_parallel_replicate_degree"),
         to.only(
-            "training.tensor_parallel_degree parallelism.tensor_parallel_degree",
-            (1,),
-            to.NO_TENSOR,
+            "training.tensor_parallel_degree parallelism.tensor_parallel_degree", (1,), to.NO_TENSOR
         ),
         to.needless("training.enable_loss_parallel", "it belongs to tensor parallelism"),
         to.choice("training.dataset", "", {"c4": _C4}, {"c4_test c4_validation": "set data.path"}),
         to.same("training.dataset_path", "data.path"),
         to.same("training.enable_cpu_offload", "memory.parameter_offload"),
-        to.only(
-            "training.dtype",
-            ("float32",),
-            "set optimizer.stochastic_rounding",
-        ),
+        to.only("training.dtype", ("float32",), "set optimizer.stochastic_rounding"),
         to.same("training.mixed_precision_param", "training.param_dtype"),
         to.same("training.mixed_precision_reduce", "training.reduce_dtype"),
         to.needless("training.gc_*", "Python decides when to collect garbage"),

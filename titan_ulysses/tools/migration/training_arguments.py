@@ -81,10 +81,8 @@ def warmup(value: float, values: Flat) -> Flat:
 def every(section: str, value: float) -> Flat:
     """Return the interval of checkpoints or validations: steps, or below 1 a share of the run."""
     steps = float(value)
-    return {
-        f"{section}.enable": True,
-        f"{section}.interval": int(steps) if steps >= 1 else str(steps),
-    }
+    interval = int(steps) if steps >= 1 else str(steps)
+    return {f"{section}.enable": True, f"{section}.interval": interval}
 
 
 def strategy(section: str, name: str) -> Callable[[Any, Flat], Flat]:
@@ -101,7 +99,7 @@ def strategy(section: str, name: str) -> Callable[[Any, Flat], Flat]:
     return become
 
 
-def _epochs(value: float, values: Flat) -> Flat:
+def epochs(value: float, values: Flat) -> Flat:
     return {} if int(values.get("max_steps") or 0) > 0 else {"training.epochs": float(value)}
 
 
@@ -132,14 +130,14 @@ def fsdp_config() -> list[Rule]:
     )
     mode = "activation_checkpoint.mode"
     return [
-        to.choice(offload, "memory.parameter_offload", {True: True, False: None}),
-        to.choice(checkpoint, mode, {True: "full", False: None}),
+        to.switch(offload, "memory.parameter_offload"),
+        to.switch(checkpoint, mode, "full"),
         to.needless("fsdp_config*", _FSDP),
     ]
 
 
 _RULES = [
-    to.computed("num_train_epochs", "`training.epochs`, without max_steps", _epochs),
+    to.computed("num_train_epochs", "`training.epochs`, without max_steps", epochs),
     to.computed(
         "max_steps",
         "`training.steps`; -1: see num_train_epochs",
@@ -149,17 +147,14 @@ _RULES = [
     to.same("learning_rate", "optimizer.lr"),
     to.computed("lr_scheduler_type", "`lr_scheduler.*`, with lr_scheduler_kwargs", schedule),
     to.needless(f"{_KWARGS}*", "see lr_scheduler_type"),
-    to.computed(
-        "warmup_steps",
-        "`lr_scheduler.warmup_steps`; below 1 a share",
-        to.unless_constant("lr_scheduler_type", warmup),
-        "constant has none",
+    to.of_warmup(
+        "warmup_steps", "lr_scheduler_type", "`lr_scheduler.warmup_steps`; below 1 a share", warmup
     ),
-    to.computed(
+    to.of_warmup(
         "warmup_ratio",
+        "lr_scheduler_type",
         "lr_scheduler.warmup_ratio",
-        to.unless_constant("lr_scheduler_type", lambda x, _: {"lr_scheduler.warmup_ratio": x}),
-        "constant has none",
+        lambda share, _: {"lr_scheduler.warmup_ratio": share},
     ),
     to.choice("optim", "optimizer.name", ADAMW),
     to.betas("adam_beta1", "adam_beta2", defaults=(0.9, 0.999)),
@@ -176,7 +171,7 @@ _RULES = [
         "gradient_checkpointing", "activation_checkpoint.mode", {True: "full", False: "none"}
     ),
     to.needless("gradient_checkpointing_kwargs*", "checkpoints are not reentrant"),
-    to.choice("torch_compile", "compile.enable", {True: True, False: None}),
+    to.switch("torch_compile", "compile.enable"),
     to.needless("torch_compile_*", "MLPs and norms are compiled"),
     to.needless("use_liger_kernel enable_liger_kernel", "the loss and the MLPs are tiled"),
     to.lost("neftune_noise_alpha", "no noise is added to embeddings"),

@@ -65,17 +65,15 @@ def _name(value: str, values: Flat) -> Flat:
 
 
 def _command(_: str, values: Flat) -> Flat:
+    dpo = {"loss.name": "dpo", "data.packing": "none"}
     if values["command"] == "trl dpo":
-        return {"loss.name": "dpo", "data.packing": "none"}
+        return dpo
     if _is_reward(values):
         return {"loss.name": "reward", "data.packing": "none"}
     if values["command"] != "trl sft":
-        raise Lost("docs/trainers.md has TRL's trainers in sequence parallelism")
+        raise Lost(to.OTHER_LOSSES)
     if _is_dpo(values):
-        raise Lost(
-            "the file does not say whose it is, and has beta: loss.name = dpo is taken",
-            {"loss.name": "dpo", "data.packing": "none"},
-        )
+        raise Lost("the file does not say whose it is, and has beta: loss.name = dpo is taken", dpo)
     return {}
 
 
@@ -158,7 +156,7 @@ TRL = to.Format(
         to.choice("use_peft", "", {True: None, False: None}, why="see lora.rank"),
         *to.adapters("lora_r", "lora_target_modules", _has_adapters),
         to.in_list("lora_target_parameters", "lora.target_parameters"),
-        to.choice("load_in_4bit", "lora.quantize_base", {True: "nf4", False: None}),
+        to.switch("load_in_4bit", "lora.quantize_base", "nf4"),
         to.lost("load_in_8bit", "no weights in 8 bits"),
         to.only("bnb_4bit_quant_type", ("nf4",), "only nf4"),
         to.computed("dataset_name", "`data.source`, `data.path` and others", _name),
@@ -184,9 +182,7 @@ TRL = to.Format(
         to.same("precompute_ref_log_probs", "loss.precompute_reference"),
         to.needless("precompute_ref_batch_size disable_dropout", "it is that of training"),
         to.lost("router_aux_loss_coef", "config.json says it (output_router_logits)"),
-        to.choice(
-            "activation_offloading", "activation_checkpoint.offload", {True: "host", False: None}
-        ),
+        to.switch("activation_offloading", "activation_checkpoint.offload", "host"),
         *hf.rules(sequence=[], has_adapters=_has_adapters),
     ],
     hf.DEFAULTS
