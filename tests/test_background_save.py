@@ -20,7 +20,7 @@ import torch
 from helpers.ranks import RankFailure, close_pools, run_on_ranks
 from helpers.runs import Settings, learned, refusal, train, write_run
 from titan_ulysses.checkpoint import storage, writing
-from titan_ulysses.checkpoint.background import copied
+from titan_ulysses.checkpoint.writing import copied
 from titan_ulysses.config.load import load_config
 from titan_ulysses.distributed.tensors import plain_pieces
 from titan_ulysses.train.trainer import Trainer

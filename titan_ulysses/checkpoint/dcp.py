@@ -21,13 +21,12 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import STORAGE_TYPES
 
-from titan_ulysses.checkpoint.background import BackgroundSave
 from titan_ulysses.checkpoint.hosts import HostFolders, expect_all_hosts
 from titan_ulysses.checkpoint.manifest import Damage
 from titan_ulysses.checkpoint.state import first_difference, shapes_of, tensors_of
 from titan_ulysses.checkpoint.step_folder import RUN_FILE, expect_fields, read_run_file, steps_in
 from titan_ulysses.checkpoint.storage import errors_of_all_ranks, open_checkpoint
-from titan_ulysses.checkpoint.writing import CheckpointWriter, SaveFailed
+from titan_ulysses.checkpoint.writing import BackgroundSave, CheckpointWriter, SaveFailed
 from titan_ulysses.distributed.atomic import remove
 from titan_ulysses.distributed.errors import UserError, first_failure
 from titan_ulysses.model.freezing import fingerprint

@@ -26,7 +26,7 @@ from titan_ulysses.checkpoint.manifest import (
     read_json,
     write_json,
 )
-from titan_ulysses.distributed.errors import UserError, first_failure, one_line
+from titan_ulysses.distributed.errors import UserError, failing_together, one_line
 from titan_ulysses.model.released import form_of, weights_in
 
 CONFIG_FILE = "config.json"
@@ -246,20 +246,20 @@ def expect_as_exported(files: dict[str, Path], where: str) -> None:
     """
     rank = int(os.environ.get("LOCAL_RANK", 0))
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    manifest, damage = next(iter(files.values())).parent / STEP_FILE, None
-    try:
+    manifest = next(iter(files.values())).parent / STEP_FILE
+
+    def damaged(damage: str) -> UserError:
+        return UserError(
+            f"{where}: the export is damaged ({damage}). Copy or export it again; if it was "
+            f"changed on purpose, remove its {STEP_FILE}."
+        )
+
+    with failing_together(Damage, OSError, error=damaged):
         state, has_hashes = read_json(manifest) if manifest.is_file() else ({}, False)
         known = state.get("files", {}) if has_hashes else {}
         for name in sorted({file.name for file in files.values()})[rank::ranks]:
             if name in known and digest_of(manifest.parent / name) != known[name]["xxh3"]:
                 raise Damage(f"{name}: its contents differ from what was exported")
-    except (Damage, OSError) as error:
-        damage = one_line(error)
-    if damage := first_failure(damage):
-        raise UserError(
-            f"{where}: the export is damaged ({damage}). Copy or export it again; if it was "
-            f"changed on purpose, remove its {STEP_FILE}."
-        )
 
 
 def exported_step(folder: Path) -> int | None:

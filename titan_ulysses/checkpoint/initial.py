@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from transformers import PreTrainedModel
 
 from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.checkpoint.hosts import expect_all_hosts
@@ -23,9 +24,6 @@ from titan_ulysses.model.freezing import fingerprint
 from titan_ulysses.model.lora import initialize_adapters
 from titan_ulysses.model.parameter_names import is_adapter, plain
 from titan_ulysses.model.resize_embeddings import fill_new_rows, token_parameters
-
-if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
-    from transformers import PreTrainedModel
 
 
 class Safetensors(NamedTuple):

@@ -11,7 +11,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,11 +21,7 @@ from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from titan_ulysses.checkpoint.folder import (
     INDEX_FILE,
@@ -41,7 +37,7 @@ from titan_ulysses.checkpoint.folder import (
 from titan_ulysses.checkpoint.layout import Layout, Read
 from titan_ulysses.checkpoint.origin import Origin
 from titan_ulysses.distributed.atomic import partial_path, remove, replace_folder
-from titan_ulysses.distributed.errors import UserError, first_failure, one_line
+from titan_ulysses.distributed.errors import UserError, failing_together, first_failure, one_line
 from titan_ulysses.distributed.tensors import local_box, local_shard
 from titan_ulysses.model import hf
 from titan_ulysses.model.lora import ADAPTER, Delta, deltas
@@ -95,13 +91,9 @@ def load(
     has exported the files, and they are not what it wrote.
     """
     stored, where = find(path, setting=setting), f'{setting} = "{path}"'
-    expect_as_exported(stored.files, where)
     layout, state = Layout(model), hf.state_of(model)
-    reads, unknown = layout.reads(stored.names)
     growing = {layout.main[name] for name in growing}
-    found = _check_complete(
-        layout, reads, stored, hf.class_name(model), where, growing=growing, optional=optional
-    )
+    reads, unknown, found = _matched(layout, stored, where, growing, optional)
     for get, read in opened(reads, stored):
         _expect_form(read, state.get(read.target), get, where)
     made = {read.target for read in reads}
@@ -137,9 +129,7 @@ def open_folder(
     `load` does.
     """
     stored, layout, where = find(path, setting=setting), Layout(plain), f'{setting} = "{path}"'
-    expect_as_exported(stored.files, where)
-    reads, _ = layout.reads(stored.names)
-    found = _check_complete(layout, reads, stored, hf.class_name(plain), where)
+    _, _, found = _matched(layout, stored, where)
 
     def fetch(name: str) -> Tensor:
         for get, read in opened([found[layout.main[name]][0]], stored):
@@ -149,21 +139,21 @@ def open_folder(
     return {name: found[main][1] for name, main in layout.main.items()}, fetch
 
 
-def _check_complete(
+def _matched(
     layout: Layout,
-    reads: list[Read],
     stored: Stored,
-    model: str,
     where: str,
-    *,
     growing: Collection[str] = (),
     optional: Collection[str] = (),
-) -> dict[str, tuple[Read, Tensor]]:
-    """Return, by main name, how each tensor of the model is read, and the tensor without data.
+) -> tuple[list[Read], list[str], dict[str, tuple[Read, Tensor]]]:
+    """Return all reads that fill the model, the names of tensors that it does not have, and by main
+    name how each of its tensors is read, with the tensor without data. Collective.
 
-    Raise `UserError` if a tensor is missing in the files, has another shape, or has whole numbers
-    where the model has others.
+    Raise `UserError` if an export has changed, or if a tensor is missing in the files, has another
+    shape, or has whole numbers where the model has others.
     """
+    expect_as_exported(stored.files, where)
+    reads, unknown = layout.reads(stored.names)
     found: dict[str, tuple[Read, Tensor]] = {}
     for get, read in opened(reads, stored):
         try:
@@ -183,8 +173,8 @@ def _check_complete(
         and not (name in found and _fits(found[name][1], tensor, grows=name in growing))
     ]
     if wrong:
-        raise UserError(f"{where}: {_why_incomplete(layout, stored, model, wrong, found)}")
-    return found
+        raise UserError(f"{where}: {_why_incomplete(layout, stored, wrong, found)}")
+    return reads, unknown, found
 
 
 def _expect_form(read: Read, target: Tensor | None, get: Get, where: str) -> None:
@@ -209,14 +199,10 @@ def _fits(stored: Tensor, wanted: Tensor, *, grows: bool) -> bool:
 
 
 def _why_incomplete(
-    layout: Layout,
-    stored: Stored,
-    model: str,
-    wrong: list[str],
-    found: dict[str, tuple[Read, Tensor]],
+    layout: Layout, stored: Stored, wrong: list[str], found: dict[str, tuple[Read, Tensor]]
 ) -> str:
     """Say which tensors are missing, or which one has another shape or kind, and what to do."""
-    expected = layout.expected()
+    expected, model = layout.expected(), hf.class_name(layout.plain)
     if missing := [
         part for name in wrong for part in expected.get(name, [name]) if part not in stored.names
     ]:
@@ -465,22 +451,16 @@ def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
                 remove(aside)
 
 
-@contextmanager
-def _raise_on_all_ranks(folder: Path) -> Iterator[None]:
-    """Raise `UserError` on all ranks if one of them cannot write. Collective at the end.
+def _raise_on_all_ranks(folder: Path) -> AbstractContextManager[None]:
+    """Raise `UserError` on all ranks if one of them cannot write. Collective at the end."""
 
-    Otherwise the other ranks would wait for a rank that has failed.
-    """
-    failure = None
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        failure = one_line(error)
-    if reason := first_failure(failure):
-        raise UserError(
+    def failed(reason: str) -> UserError:
+        return UserError(
             f"{folder}: the export failed ({reason}). Free space or choose another place, and run "
             "the same command again."
         )
+
+    return failing_together(OSError, SafetensorError, error=failed)
 
 
 def _write_configs(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,6 +43,27 @@ def first_failure(reason: str | None, *, group: dist.ProcessGroup | None = None)
     one of them must. Without a process group there is one rank, whose reason is returned.
     """
     return next(filter(None, of_all_ranks(reason, group=group)), None)
+
+
+@contextmanager
+def failing_together(
+    *kinds: type[BaseException],
+    error: Callable[[str], Exception],
+    words: Callable[[BaseException], str] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Iterator[None]:
+    """Raise error(reason), on every rank, if such an exception is raised here on one of them.
+
+    Otherwise the other ranks would wait for the one that has failed. words: says what is wrong
+    (None: `one_line`). Collective at the end, as `first_failure`.
+    """
+    failure = None
+    try:
+        yield
+    except kinds as raised:
+        failure = (words or one_line)(raised)
+    if reason := first_failure(failure, group=group):
+        raise error(reason)
 
 
 def of_all_ranks(value: Any, *, group: dist.ProcessGroup | None = None) -> list[Any]:

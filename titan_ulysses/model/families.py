@@ -43,7 +43,7 @@ CHECKED_FAMILIES = {
 }
 """Families that the tests compare with unmodified transformers.
 
-Any other family must pass `verify_family` before it trains.
+Any other family must pass `Verification` before it trains.
 """
 
 _COMPUTE_WITH_EMBEDDINGS = {
@@ -185,7 +185,7 @@ _NORMS_AFTER = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_norm2"
 def mlp_layout(block: nn.Module) -> MLPLayout | None:
     """Return the MLP of a transformers block, or None; it is found by names that families share.
 
-    A mixture of experts counts as an MLP. For an unchecked family, `verify_family` tests whether
+    A mixture of experts counts as an MLP. For an unchecked family, `Verification` tests whether
     the names mean the same.
     """
     parts = dict(block.named_children())

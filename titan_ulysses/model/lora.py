@@ -11,11 +11,12 @@ import importlib.util
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from titan_ulysses.config.schema import LoRA
 from titan_ulysses.config.toml import to_toml
@@ -27,9 +28,6 @@ from titan_ulysses.model.expert_adapters import factors, wrapped_parameters
 from titan_ulysses.model.nf4 import NF4Weight, is_nf4
 from titan_ulysses.model.parameter_names import is_router, matching, plain
 from titan_ulysses.model.torchao import suppress_torchao_warnings
-
-if TYPE_CHECKING:  # importing transformers prints warnings, see model/__init__.py
-    from transformers import PreTrainedModel
 
 ADAPTER = "default"
 """The name that peft gives to a model's only adapter."""

@@ -9,16 +9,14 @@ model. transformers loads it for speculative decoding, and not for training.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 
 from titan_ulysses.distributed.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 FAMILIES = ("deepseek_v3", "glm4_moe")
 """Types whose layer N in the released folders is such a layer."""

@@ -11,17 +11,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model.parameter_names import plain
-
-if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
-    from transformers import PreTrainedConfig
 
 Slices = dict[str, Any]
 """The stored tensors of a weight by what they are, as safetensors' lazy slices."""
@@ -174,10 +172,7 @@ def _divide(length: int, count: int) -> int:
 class CompressedFP8(FP8):
     """FP8 of compressed-tensors, whose product is in the dtype of the scales."""
 
-    ends = {
-        ".input_scale": ("unused", ".weight"),
-        ".weight_scale": ("scales", ".weight"),
-    }
+    ends = {".input_scale": ("unused", ".weight"), ".weight_scale": ("scales", ".weight")}
 
     def rows(self, start: int, stop: int) -> Tensor:
         return super().rows(start, stop).to(_dtype(self.parts["scales"])).float()

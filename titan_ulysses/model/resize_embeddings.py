@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from titan_ulysses.distributed.seeds import seed_of
 from titan_ulysses.model import hf
-
-if TYPE_CHECKING:  # importing transformers prints warnings, see model/__init__.py
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def grow_vocabulary(config: PreTrainedConfig, *, num_token_ids: int, multiple: int) -> None:

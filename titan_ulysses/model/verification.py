@@ -12,6 +12,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -108,132 +109,111 @@ Prepare = Callable[[PreTrainedModel], Any]
 """What is done to the tiny model before it is trained, whole and sharded: adapters are added."""
 
 
-@torch.enable_grad()
-def verify_family(
-    config: PreTrainedConfig,
-    mesh: Mesh,
-    shard: Shard,
-    tilings: Tilings,
-    prepare: Prepare | None = None,
-) -> dict[str, Any]:
-    """Return the options of the first tiling with which a family trains sharded as it does whole.
+@dataclass(frozen=True)
+class Verification:
+    """Whether a family trains sharded as it does whole, by a tiny model of it in fp64.
 
-    The result is the same on every rank. `shard(model, core, options)` wraps a model in place as
-    the real one will be, except for its core and dtype: verification is about the family, in fp64.
-    UserError, on every rank, if not even the last tiling is right. Collective.
+    `shard(model, core, options)` wraps a model in place as the real one will be, except for its
+    core and dtype: verification is about the family. All methods are collective, and their results
+    are the same on every rank.
     """
 
-    def reason_against(tiling: str) -> str | None:
-        return _try(config, mesh, shard, tilings[tiling], prepare)
+    config: PreTrainedConfig
+    mesh: Mesh
+    shard: Shard
+    prepare: Prepare | None = None
 
-    best, *others = tilings
-    reason = reason_against(best)
-    if reason is None:
-        return tilings[best]
-    # Try the last one next: it assumes the least, so a fault in it is a fault of the family.
-    if others:
-        reason = reason_against(others[-1])
-    if reason is not None:
-        raise UserError(
-            f'model: "{config.model_type}" is not a family that is known to train exactly under '
-            "sequence parallelism, and a tiny model of it could not prove that it does: "
-            f"{reason.rstrip('.')}. Choose another model."
+    def tiling(self, tilings: Tilings) -> dict[str, Any]:
+        """Return the options of the first tiling with which the family trains exactly.
+
+        UserError, on every rank, if not even the last tiling is right.
+        """
+        best, *others = tilings
+        reason = self.reason_against(tilings[best])
+        if reason is None:
+            return tilings[best]
+        # Try the last one next: it assumes the least, so a fault in it is a fault of the family.
+        if others:
+            reason = self.reason_against(tilings[others[-1]])
+        if reason is not None:
+            raise UserError(
+                f'model: "{self.config.model_type}" is not a family that is known to train exactly '
+                "under sequence parallelism, and a tiny model of it could not prove that it does: "
+                f"{reason.rstrip('.')}. Choose another model."
+            )
+        exact = (name for name in others[:-1] if self.reason_against(tilings[name]) is None)
+        tiling = next(exact, others[-1])
+        warnings.warn(
+            f'model: the blocks of "{self.config.model_type}" are not built like those of the '
+            f"families that this version knows: the MLP is {tiling}, which is exact, and takes "
+            "more time or memory.",
+            stacklevel=2,
         )
-    tiling = next((name for name in others[:-1] if reason_against(name) is None), others[-1])
-    warnings.warn(
-        f'model: the blocks of "{config.model_type}" are not built like those of the families that '
-        f"this version knows: the MLP is {tiling}, which is exact, and takes more time or memory.",
-        stacklevel=3,
-    )
-    return tilings[tiling]
+        return tilings[tiling]
 
+    def reason_against_streaming(self, tiling: dict[str, Any]) -> str | None:
+        """Return why the family does not train chunk by chunk as it does whole, or None.
 
-def verify_streaming(
-    config: PreTrainedConfig,
-    mesh: Mesh,
-    shard: Shard,
-    tiling: dict[str, Any],
-    prepare: Prepare | None = None,
-) -> str | None:
-    """Return why a family does not train chunk by chunk as it does whole, or None. Collective.
+        tiling is what `tiling` has found.
+        """
+        memory = tiling.get("memory", {}) | {"stream_chunk_tokens": _CHUNK_TOKENS}
+        return self.reason_against(tiling | {"memory": memory})
 
-    tiling is what `verify_family` has found, and shard as there.
-    """
-    memory = tiling.get("memory", {}) | {"stream_chunk_tokens": _CHUNK_TOKENS}
-    return _try(config, mesh, shard, tiling | {"memory": memory}, prepare)
+    @torch.enable_grad()
+    def reason_against(self, options: dict[str, Any]) -> str | None:
+        """Return what is wrong with a tiny model with these options of `parallelize.wrap`, or None.
 
-
-def _try(
-    config: PreTrainedConfig,
-    mesh: Mesh,
-    shard: Shard,
-    options: dict[str, Any],
-    prepare: Prepare | None,
-) -> str | None:
-    """Return what is wrong with a tiny model, first without its router loss and then with it.
-
-    The result is None if nothing is wrong, and the same on every rank. Collective.
-    """
-    reason, passes = None, [False]
-    try:
-        tiny = shrink(config)
-        passes += [True] * bool(getattr(tiny, "output_router_logits", False))
-    except Exception as error:  # a family's own code raises whatever it likes
-        reason = f"its config cannot be reduced to a tiny model ({_raised(error)})"
-    if reason := first_failure(reason):
+        It is tried without its router loss and then with it.
+        """
+        reason, passes = None, [False]
+        try:
+            tiny = shrink(self.config)
+            passes += [True] * bool(getattr(tiny, "output_router_logits", False))
+        except Exception as error:  # a family's own code raises whatever it likes
+            reason = f"its config cannot be reduced to a tiny model ({_raised(error)})"
+        if reason := first_failure(reason):
+            return reason
+        for has_router_loss in passes:
+            tiny.output_router_logits = has_router_loss
+            if reason := self._reason_against_tiny(tiny, options):
+                break
         return reason
-    for has_router_loss in passes:
-        tiny.output_router_logits = has_router_loss
-        if reason := _try_once(tiny, mesh, shard, options, prepare):
-            break
-    return reason
 
-
-def _try_once(
-    tiny: PreTrainedConfig,
-    mesh: Mesh,
-    shard: Shard,
-    options: dict[str, Any],
-    prepare: Prepare | None,
-) -> str | None:
-    """Return what is wrong with a model of config `tiny`, or None; the same on every rank.
-
-    Collective.
-    """
-    reason = None
-    try:
-        whole = build_tiny(tiny, mesh.device)
-        if prepare is not None:
-            prepare(whole)
-        batch = VisionBatch(mesh, whole) if has_vision(tiny) else _TestBatch(mesh, whole.config)
-        sharded = copy.deepcopy(whole)
-        expected, depends_on_draws = _train_repeatedly(whole, batch)
-        if depends_on_draws:
-            reason = (
-                "its layers draw random numbers in training, as routers that sample experts do, "
-                "and ranks would draw others than one process"
-            )
-    except Exception as error:
-        reason = f"a tiny one cannot be built and run ({_raised(error)})"
-    # Either all ranks go on or none does, because what follows has collectives.
-    if reason := first_failure(reason):
-        return reason
-    core = _core_of(tiny.get_text_config())
-    try:
-        shard(sharded, core, options)
-        tolerance = _TOLERANCE_OF_STATES if linear_layers(sharded) else _TOLERANCE
-        found = _trained(sharded, _loss_sharded(sharded, batch.rows, mesh))
-        reason = _difference(found, expected, batch.what, tolerance)
-    except UserError as error:
-        reason = str(error).removeprefix("model: ")
-    except Exception as error:
-        reason = f"its own code fails when it runs sharded ({_raised(error)})"
-        if not core.was_called:  # type: ignore[attr-defined]
-            reason = (
-                "it fails before a layer has called transformers' attention function, so its "
-                f"attention is probably code of its own ({_raised(error)})"
-            )
-    return first_failure(reason)
+    def _reason_against_tiny(self, tiny: PreTrainedConfig, options: dict[str, Any]) -> str | None:
+        mesh, reason = self.mesh, None
+        try:
+            whole = build_tiny(tiny, mesh.device)
+            if self.prepare is not None:
+                self.prepare(whole)
+            batch = VisionBatch(mesh, whole) if has_vision(tiny) else _TestBatch(mesh, whole.config)
+            sharded = copy.deepcopy(whole)
+            expected, depends_on_draws = _train_repeatedly(whole, batch)
+            if depends_on_draws:
+                reason = (
+                    "its layers draw random numbers in training, as routers that sample experts "
+                    "do, and ranks would draw others than one process"
+                )
+        except Exception as error:
+            reason = f"a tiny one cannot be built and run ({_raised(error)})"
+        # Either all ranks go on or none does, because what follows has collectives.
+        if reason := first_failure(reason):
+            return reason
+        core = _core_of(tiny.get_text_config())
+        try:
+            self.shard(sharded, core, options)
+            tolerance = _TOLERANCE_OF_STATES if linear_layers(sharded) else _TOLERANCE
+            found = _trained(sharded, _loss_sharded(sharded, batch.rows, mesh))
+            reason = _difference(found, expected, batch.what, tolerance)
+        except UserError as error:
+            reason = str(error).removeprefix("model: ")
+        except Exception as error:
+            reason = f"its own code fails when it runs sharded ({_raised(error)})"
+            if not core.was_called:  # type: ignore[attr-defined]
+                reason = (
+                    "it fails before a layer has called transformers' attention function, so its "
+                    f"attention is probably code of its own ({_raised(error)})"
+                )
+        return first_failure(reason)
 
 
 def _raised(error: Exception) -> str:
@@ -429,10 +409,7 @@ def _trained(model: PreTrainedModel, loss: Tensor) -> tuple[Tensor, Gradients]:
 
 
 def _difference(
-    found: tuple[Tensor, Gradients],
-    expected: tuple[Tensor, Gradients],
-    what: str,
-    tolerance: float,
+    found: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradients], what: str, tolerance: float
 ) -> str | None:
     """Describe the largest difference between the two; None if none exceeds the tolerance."""
     if lost := sorted(expected[1].keys() - found[1].keys()):

@@ -332,7 +332,7 @@ class _Rank:
     def checkpoint_copy(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         """Return the copy of a checkpoint in host memory, from which a thread writes it.
 
-        See checkpoint/background.py. Its pieces are as large as those of parameters and state.
+        See checkpoint/writing.py. Its pieces are as large as those of parameters and state.
         """
         checkpoint = self.config.checkpoint
         if not checkpoint.enable or checkpoint.async_mode == "disabled":

@@ -42,7 +42,7 @@ from titan_ulysses.model.hf import classifies, has_vision, output_layer
 from titan_ulysses.model.prediction import layer_of
 from titan_ulysses.model.rope import use_document_lengths
 from titan_ulysses.model.router import router_loss_of
-from titan_ulysses.model.verification import Prepare, Tilings, verify_family, verify_streaming
+from titan_ulysses.model.verification import Prepare, Tilings, Verification
 from titan_ulysses.model.vision import Vision, encoder_of, tower_blocks, towers
 from titan_ulysses.setup.blocks import compile_blocks, find_blocks, norms_of, tile_blocks
 from titan_ulysses.setup.checks import (
@@ -163,7 +163,7 @@ def verified_options(
 ) -> ParallelOptions:
     """Return the options with which an unchecked family of models trains exactly. Collective.
 
-    `verify_family` tries them on a tiny model of the family, to which `prepare` may add adapters.
+    `Verification` tries them on a tiny model of the family, to which `prepare` may add adapters.
     UserError if there are none.
     """
     # Verification runs in fp64 and is about the family's code, so unrelated options are left out.
@@ -180,11 +180,12 @@ def verified_options(
     if _tiles_mlp(options):
         without_norms = {"tile_norms_with_mlp": False}
         tilings = {"tiled with its norms": {}, "tiled without its norms": without_norms} | tilings
-    tiling = verify_family(config, mesh, shard, tilings, prepare)
+    verification = Verification(config, mesh, shard, prepare)
+    tiling = verification.tiling(tilings)
     options = options.changed(**tiling)
     if obstacle_to_streaming(config.get_text_config(), options, mesh.device.type):
         return options
-    reason = verify_streaming(config, mesh, shard, tiling, prepare)
+    reason = verification.reason_against_streaming(tiling)
     if reason is None:
         return options
     if options.memory.stream_chunk_tokens > 0 or options.memory.stream_offload != "none":

@@ -34,7 +34,7 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, set_seed
 
 from titan_ulysses.checkpoint.saving import load_checkpoint, save_checkpoint, save_pretrained
-from titan_ulysses.distributed.errors import UserError, first_failure, one_line
+from titan_ulysses.distributed.errors import UserError, failing_together
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
 from titan_ulysses.model.hf import classifies
@@ -335,14 +335,13 @@ def _save_adapters(model: nn.Module, save_directory: str | Path, **options: Any)
         for name, p in model.named_parameters()
         if p.requires_grad or model.base_model.prefix in name
     }
-    failure = None
-    if dist.get_rank() == 0:
-        try:
+
+    def failed(reason: str) -> UserError:
+        return UserError(f"save_pretrained: {save_directory}: {reason}")
+
+    with failing_together(Exception, error=failed):  # peft raises whatever it likes
+        if dist.get_rank() == 0:
             type(model).save_pretrained(model, save_directory, **{"state_dict": kept} | options)
-        except Exception as error:  # peft raises whatever it likes, and the others wait
-            failure = one_line(error)
-    if reason := first_failure(failure):
-        raise UserError(f"save_pretrained: {save_directory}: {reason}")
 
 
 def _refuse_state(*_: Any, **__: Any) -> None:

@@ -14,10 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import BatchSampler
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import (
-    CausalLMOutputWithPast,
-    SequenceClassifierOutputWithPast,
-)
+from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
 from titan_ulysses.data.adapter import (
     BORDER_KEYS,
