@@ -224,26 +224,16 @@ SPARSE = {
 }
 
 
-def indexers() -> Made:
+def indexers() -> Iterator[list[str]]:
     """QLoRA of whole models with learned sparse attention."""
-    rows = []
     for gpus, gpu in ((8, "H200"), (32, "H100-80GB")):
         for model, config in (("DeepSeek-V3.2, 671B", DEEPSEEK_V32), ("GLM-5, 744B", GLM_5)):
             settings = {"model.config": config, "plan.gpu": gpu, "plan.world_size": gpus}
             plan = planned(QWEN, SPARSE | settings)
-            parts = plan.time.parts
-            rows.append(
-                [
-                    model,
-                    f"{gpus} x {gpu}",
-                    gib(plan.gpu_bytes) if plan.fits else f"{gib(plan.gpu_bytes)}: does not fit",
-                    time_text(parts["indexer"]),
-                    time_text(parts["sparse attention"]),
-                    time_text(plan.time.seconds),
-                ]
-            )
-            print(" | ".join(rows[-1]), flush=True)
-    return Made(rows, [])
+            needs = f"{gib(plan.gpu_bytes)}{'' if plan.fits else ': does not fit'}"
+            seconds = [plan.time.parts[part] for part in ("indexer", "sparse attention")]
+            seconds.append(plan.time.seconds)
+            yield [model, f"{gpus} x {gpu}", needs, *map(time_text, seconds)]
 
 
 class Table(NamedTuple):
