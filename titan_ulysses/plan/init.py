@@ -29,6 +29,7 @@ from titan_ulysses.plan.fastest import LEAN, Search
 from titan_ulysses.plan.planner import Plan, set_up
 from titan_ulysses.plan.report import plan_and_report
 from titan_ulysses.plan.searches import tell_fastest
+from titan_ulysses.plan.simulate import shared_ranks
 
 _WIDTH, _WARMUP = 98, 10
 _BEGINNING: dict[str, Any] = {
@@ -85,6 +86,7 @@ def init(command: ModelCommand) -> None:
     )
 
 
+@shared_ranks()
 def _find(command: ModelCommand, console: Console) -> tuple[Config, dict[str, Any], Plan | None]:
     """Return the config with the fastest settings, what of it the search found, and its plan.
 

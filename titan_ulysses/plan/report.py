@@ -25,9 +25,11 @@ from titan_ulysses.plan.planner import Plan, make_plan, set_up
 from titan_ulysses.plan.run_cost import grace_of, half_as_fast, other_kernels, run_cost
 from titan_ulysses.plan.search import SearchResult, estimate, is_unlimited, ladder, search
 from titan_ulysses.plan.searches import fastest_json, tell_fastest, tell_longest
+from titan_ulysses.plan.simulate import shared_ranks
 from titan_ulysses.plan.status_line import LINE
 
 
+@shared_ranks()
 def plan_and_report(config: Config, known: Plan | None = None) -> None:
     """Plan config, print the plan, and write plan.json and pictures to <dump_folder>/<name>.
 

@@ -16,7 +16,7 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -104,7 +104,8 @@ def simulate(
     cuda: simulate a GPU of this workspace with a host, where offloaded tensors leave the device and
     checkpoints are copied back before they are needed; None: a CPU. wrap parallelizes the model,
     with the arguments of `setup.parallelize.wrap`; another way to do so can be planned by giving
-    it. The process must not be in a process group, and is in none afterwards.
+    it. The process must not be in a process group, and is in none afterwards, but for the one of
+    `shared_ranks`.
     """
     rank = _Rank(spec, cuda, wrap)
     tracker = rank.tracker
@@ -469,17 +470,45 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 @contextmanager
+def shared_ranks() -> Iterator[None]:
+    """Let simulations in this context share a process group while they have the same mesh: DTensor
+    knows its operations from the one before. Not for use inside another one.
+    """
+    global _shared
+    with ExitStack() as group:
+        _shared = group, {}
+        try:
+            yield
+        finally:
+            _shared = None
+
+
+_shared: tuple[ExitStack, dict[tuple[int, ...], Mesh]] | None = None
+"""what ends the process group of `shared_ranks`, and its mesh by the degrees"""
+
+
+@contextmanager
 def _fake_ranks(degrees: MeshDegrees) -> Iterator[Mesh]:
     """Yield the mesh of a fake process group: only this rank exists, and collectives do nothing."""
+    key = degrees.replicate, degrees.shard, degrees.sequence
+    with ExitStack() as own:
+        group, meshes = _shared or (own, {})
+        if key not in meshes:
+            group.close()
+            meshes.clear()
+            meshes[key] = group.enter_context(_process_group(*key))
+        yield meshes[key]
+
+
+@contextmanager
+def _process_group(replicate: int, shard: int, sequence: int) -> Iterator[Mesh]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not dist.is_initialized(), "the planner needs a process of its own"
-    world_size = degrees.data_parallel * degrees.sequence
+    world_size = replicate * shard * sequence
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
-        yield build_mesh(
-            replicate=degrees.replicate, shard=degrees.shard, sequence=degrees.sequence
-        )
+        yield build_mesh(replicate=replicate, shard=shard, sequence=sequence)
     finally:
         dist.destroy_process_group()
         # DTensor's caches hold meshes, and a mesh of the next simulation may be equal to one whose
