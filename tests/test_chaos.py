@@ -26,12 +26,12 @@ def test_a_slice_of_each_campaign(tmp_path: Path) -> None:
     # Few of each: test_bad_input.py and test_fuzz.py have bad configs, data and bytes.
     cases = ["damage=1", "config=4", "data=2", "flips=1", "kill=1", "publish=1"]
     out = tmp_path / "out"
-    # With this seed two ranks are killed once, while a checkpoint may be written beside the steps.
-    code, text, lines = play(*cases, "--seed=12", out=out)
+    # With this seed two ranks are killed once, while a checkpoint is written beside the steps.
+    code, text, lines = play(*cases, "--seed=332", out=out)
     assert code == 0, text
     assert len(lines) == 10 and text.count("\n| ") == 8
     # What is done is not done again.
-    code, again, lines = play("data=2", "--seed=12", out=out)
+    code, again, lines = play("data=2", "--seed=332", out=out)
     assert code == 0 and len(lines) == 10 and "2 of 2" in again and "imports" not in again
 
 

@@ -131,9 +131,9 @@ def test_a_fork_is_as_a_new_process(tmp_path: Path) -> None:
 
 # --- killed and stopped ---------------------------------------------------------------------------
 
-# 20 steps of 8 x 32 tokens; the data are some 1,400 tokens, so that an epoch ends within every
-# sixth step.
-LONG: Settings = SP2 | {"training.steps": 20, "checkpoint.interval": 4}
+# 14 steps of 4 x 32 tokens; the data are some 1,400 tokens, so that an epoch ends within the
+# eleventh step.
+LONG: Settings = SP2 | {"training.steps": 14, "checkpoint.interval": 4}
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_killed_and_run_again(
     code, _, err = first.end(timeout=30)
     assert code == 1 and "SIGKILL" in err and len(err.splitlines()) == 1
     killed_at = learned(run)[-1][0]
-    assert 6 <= killed_at < 20
+    assert 6 <= killed_at < 14
 
     code, out, err = launch(*command).end()
     assert (code, err) == (0, "")
@@ -172,12 +172,12 @@ def test_killed_and_run_again(
     code, out, err = launch(*command).end()
     assert (code, err) == (0, "")
     assert (
-        out.splitlines()[-1] == f"Finished: {run} has all 20 steps. To go on, raise training.steps."
+        out.splitlines()[-1] == f"Finished: {run} has all 14 steps. To go on, raise training.steps."
     )
     assert contents(run) == before
-    run_on_ranks(2, train, config, LONG | {"training.steps": 22})
-    assert [step for step, *_ in learned(run)] == list(range(1, 23))
-    assert learned(run)[:20] == undisturbed
+    run_on_ranks(2, train, config, LONG | {"training.steps": 16})
+    assert [step for step, *_ in learned(run)] == list(range(1, 17))
+    assert learned(run)[:14] == undisturbed
 
 
 def sigterm_to_one_rank(launched: Launch) -> None:
@@ -217,7 +217,7 @@ def test_stopped_by_a_signal(
     assert err == ""
     assert code == expected
     step = learned(run)[-1][0]
-    assert 5 <= step < 20
+    assert 5 <= step < 14
     assert (
         out.splitlines()[-1]
         == f"Stopped by a signal after step {step}. The same command goes on from there."

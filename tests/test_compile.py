@@ -64,7 +64,7 @@ def test_a_compiled_run(model: Settings, memory: Settings, tmp_path: Path) -> No
         "checkpoint.enable": False,
         "training.steps": 3,
     }
-    settings |= {"training.global_batch_size": 4} | (model or {"model.config.num_hidden_layers": 1})
+    settings |= model or {"model.config.num_hidden_layers": 1}
     graphs = {}
     for name, enable in {"eager": False, "compiled": True}.items():
         run = settings | {"job.name": name, "compile.enable": enable}

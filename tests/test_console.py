@@ -232,7 +232,7 @@ def parts_of_a_run(config: Path, settings: Settings) -> list[tuple[str, int, int
 
 @pytest.mark.parametrize("case", ["checkpoints", "segments, the first frozen", "none"])
 def test_work_within_a_step_and_a_validation(case: str, tmp_path: Path) -> None:
-    """4 micro-batches of 2 x 16 tokens a rank, and 2 held-out ones; three blocks; a backward counts
+    """2 micro-batches of 2 x 16 tokens a rank, and 2 held-out ones; three blocks; a backward counts
     twice.
     """
     settings: Settings = {
@@ -257,7 +257,7 @@ def test_work_within_a_step_and_a_validation(case: str, tmp_path: Path) -> None:
         passes = 3 + 1 + 2
     shown, nothing = run_on_ranks(2, parts_of_a_run, write_run(tmp_path), settings)
     assert nothing == []  # blocks are watched where somebody looks
-    validation, step = [3 * 2 * 2 * 16] * 2, [passes * 4 * 2 * 16] * 2
+    validation, step = [3 * 2 * 2 * 16] * 2, [passes * 2 * 2 * 16] * 2
     parts = ["validation at step 0", "step 1", "step 2", "validation at step 2"]
     assert shown == [(part, *(step if part.startswith("step") else validation)) for part in parts]
 

@@ -20,6 +20,7 @@ from titan_ulysses.train.step import learning_rate
 # 20 documents, one in each sequence, and 8 sequences a step: 2.5 steps an epoch.
 EPOCHS: Settings = {"data.packing": "none", "data.long_documents": "drop", "training.seq_len": 152}
 EPOCHS |= {"lr_scheduler.warmup_steps": 0, "model.config.max_position_embeddings": 160}
+EPOCHS["training.global_batch_size"] = 8
 
 
 def config_of(folder: Path, settings: Settings) -> Config:

@@ -1044,7 +1044,14 @@ PLANNED = {
             slow=True,  # also in test_fastest.py
         ),
     ],
-    "plan.tokens": [Case(10**6, lambda run, _: run.facts["run"]["tokens"] == 10**6, PLAN_OF_TWO)],
+    "plan.tokens": [
+        Case(
+            10**6,
+            lambda run, _: run.facts["run"]["tokens"] == 10**6,
+            PLAN_OF_TWO,
+            slow=True,  # also in test_plan.py
+        )
+    ],
     "plan.gpu_hour_price": [
         Case(
             3.0,

@@ -192,6 +192,7 @@ def documents_of(config: Path, settings: Settings, step: int) -> str:
 def test_the_message_names_where_it_began(in_backward: bool, tmp_path: Path) -> None:
     config = write_run(tmp_path)
     dp2 = CORE | {"parallelism.data_parallel_shard_degree": 2, "metrics.log_interval": 100}
+    dp2["training.global_batch_size"] = 8
     run = partial(train_badly, in_backward=in_backward)
     [message, _], [again, _] = run_on_ranks(2, run, config, dp2, {3}, {1})
     assert message == again

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import MtpModel
 
 from helpers.meshes import DP2_SP2, ONE, SP2, Degrees
-from helpers.precision import KeepFp64
+from helpers.precision import keep_fp64
 from helpers.ranks import run_on_ranks
 from helpers.runs import Settings
 from test_loss_settings import PAIRS, Trained, compare, encoded, settings, train, train_plainly
@@ -125,7 +125,7 @@ def plainly(folder: Path) -> Trained:
     def step(model: PreTrainedModel) -> tuple[Tensor, dict[str, float]]:
         return plain_step(model, layer), {}
 
-    with KeepFp64():
+    with keep_fp64():
         return train_plainly(folder, step, model)
 
 
@@ -147,7 +147,7 @@ def wanted(folder: Path) -> Settings:
 
 
 def train_in_fp64(folder: Path, wanted: Settings, degrees: Degrees) -> Trained:
-    with KeepFp64():
+    with keep_fp64():
         return train(folder, wanted, degrees)
 
 

@@ -281,6 +281,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
 
 BASE: Settings = {
     "training.steps": END,
+    "training.global_batch_size": 8,
     "checkpoint.interval": STOPPED,
     "checkpoint.keep_latest_k": 0,
     "lr_scheduler.warmup_steps": 1,

@@ -33,7 +33,7 @@ from helpers.families import LACKING
 from helpers.material import as_toml
 from helpers.meshes import DP2_SP2, SP2, SP4, mesh_of
 from helpers.options import sections
-from helpers.precision import KeepFp64, kept_in_fp64
+from helpers.precision import keep_fp64, kept_in_fp64
 from helpers.ranks import RankFailure, run_on_ranks
 from helpers.rows import Row, local_batch, make_rows
 from helpers.runs import Settings, logged, train
@@ -311,10 +311,10 @@ def test_our_own_tiles(family: str, checkpoint_every: int) -> None:
         "checkpoint_every": checkpoint_every,
         "mlp_tile_tokens": 5,
         "order": "abBA",
-        "mode": KeepFp64,
+        "mode": keep_fp64,
     }
     found = run_on_ranks(2, outcome, family, SP2, **options)[0]
-    check_same(found, kept(family, KeepFp64), 1e-12)
+    check_same(found, kept(family, keep_fp64), 1e-12)
 
 
 @pytest.mark.slow
@@ -369,7 +369,7 @@ def of_padded(degrees: tuple[int, int, int], left: bool, tiled: bool) -> Outcome
     if tiled:
         tile_mlps(model)
     (batch,) = shard([{key: value[mine] for key, value in padded_rows(left=left).items()}], model)
-    with nullcontext() if tiled else KeepFp64():
+    with nullcontext() if tiled else keep_fp64():
         loss = model(**batch).loss
         loss.backward()
     return [loss.item()], gradients_of(model)
@@ -384,7 +384,7 @@ def of_padded_plain() -> tuple[Outcome, float]:
     )
     hf.initialize(model, seed=3)
     as_it_is = model(**rows).loss.item()
-    with KeepFp64():
+    with keep_fp64():
         output = model.model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"])
         logits = model.lm_head(output.last_hidden_state)[:, :-1].flatten(0, 1)
         labels = rows["labels"][:, 1:].flatten()

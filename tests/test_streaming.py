@@ -533,7 +533,7 @@ def held_tokens(window: int | None, rows: list[tuple[int, ...]]) -> int:
     return keys.tokens
 
 
-@pytest.mark.parametrize("length", [48, pytest.param(192, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("length", [32, pytest.param(192, marks=pytest.mark.slow)])
 def test_keys_that_nothing_reads_any_more_are_not_held(length: int) -> None:
     """Behind a window, and of documents that are over: whole chunks of them are forgotten, forward
     and backward, whatever the length.

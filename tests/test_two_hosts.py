@@ -151,7 +151,10 @@ def launcher(scripts: Path, hosts: Hosts, config: Path) -> Launcher:
 LAYOUTS: dict[str, Settings] = {
     "dp across, sp inside": {"parallelism.sequence_parallel_degree": 2},
     "sp across": {"parallelism.sequence_parallel_degree": 4},
-    "replicas across": {"parallelism.data_parallel_replicate_degree": 2},
+    "replicas across": {
+        "parallelism.data_parallel_replicate_degree": 2,
+        "training.local_batch_size": 1,
+    },
 }
 FEW = 3
 

@@ -2,77 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from helpers.training import Record
 
-_WITH_ONE_ARGUMENT = {Tensor.backward, Tensor.float, torch.zeros}
+_NAME_A_DTYPE: list[tuple[Any, tuple[str, ...]]] = [
+    (Tensor, ("to", "type", "softmax", "log_softmax", "sum", "mean", "cumsum")),
+    (torch, ("zeros", "zeros_like", "ones_like", "empty_like", "softmax", "sum", "cumsum")),
+    (F, ("softmax", "log_softmax")),
+]
 _STAYS_IN_FP64 = {"starcoder2"}
 """What needs no such help: models without a step in fp32."""
 
 
-class KeepFp64(TorchFunctionMode):
-    """Under it what transformers would compute in fp32 out of fp64 tensors stays in fp64.
+@contextmanager
+def keep_fp64() -> Iterator[None]:
+    """In it what transformers would compute in fp32 out of fp64 tensors stays in fp64.
 
     Norms, routers, their loss and eager softmax name fp32, so that fp64 parity ends where a last
-    bit of fp64 becomes one of fp32. What backward computes again is kept too.
+    bit of fp64 becomes one of fp32. A mode of torch functions would do it for all of them, but
+    takes a third of a test's time.
     """
+    with torch.device("meta"):
+        torch.empty(())  # torch notes its constructors, once: those that are not patched
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, names in _NAME_A_DTYPE:
+            for name in names:
+                patch.setattr(owner, name, _kept(getattr(owner, name)))
+        to_float = Tensor.float
+        patch.setattr(Tensor, "float", lambda x: x if x.dtype is torch.float64 else to_float(x))
+        yield
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if len(args) == 1 and not kwargs and func not in _WITH_ONE_ARGUMENT:
-            return func(*args)  # nothing names a dtype: most calls, as those for a shape
-        if func is Tensor.backward:
-            loss = args[0]
-            # No mode is in force in here, nor would one be where backward computes a checkpoint
-            # again. Past the public functions, which would come here once more.
-            with self:
-                run = torch.autograd.graph._engine_run_backward
-                run(
-                    (loss,),
-                    (torch.ones_like(loss),),
-                    False,
-                    False,
-                    (),
-                    allow_unreachable=True,
-                    accumulate_grad=True,
-                )
-            return None
-        if func is torch.autograd.grad:  # in a backward that differentiates what it computed again
-            outputs, inputs = (x if isinstance(x, tuple | list) else (x,) for x in args)
-            upstream = kwargs["grad_outputs"]
-            with self:
-                return torch.autograd.graph._engine_run_backward(
-                    tuple(outputs),
-                    tuple(upstream) if isinstance(upstream, tuple | list) else (upstream,),
-                    False,
-                    False,
-                    tuple(inputs),
-                    kwargs["allow_unused"],
-                    accumulate_grad=False,
-                )
-        if (
-            func is torch.zeros
-            or args
-            and isinstance(args[0], Tensor)
-            and args[0].dtype == torch.float64
-        ):
-            if func is Tensor.float:
-                return args[0]
-            args = tuple(torch.float64 if x is torch.float32 else x for x in args)
-            kwargs = {key: torch.float64 if x is torch.float32 else x for key, x in kwargs.items()}
-        return func(*args, **kwargs)
+
+def _kept(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        if not (args and isinstance(args[0], Tensor)) or args[0].dtype is torch.float64:
+            args = tuple([torch.float64 if x is torch.float32 else x for x in args])
+            for key, value in kwargs.items():
+                if value is torch.float32:
+                    kwargs[key] = torch.float64
+        return function(*args, **kwargs)
+
+    return kept
 
 
 def kept_in_fp64(train: Callable[..., Record], *args, **kwargs) -> Record:
-    """train(*args, **kwargs) under `KeepFp64`; but that takes time, so not where the model, a table
-    among args, stays in fp64 by itself.
+    """train(*args, **kwargs) under `keep_fp64`; but that takes time, so not where the model, a
+    table among args, stays in fp64 by itself.
     """
     model = next((x for x in args if isinstance(x, dict) and "model_type" in x), {})
-    with nullcontext() if model.get("model_type") in _STAYS_IN_FP64 else KeepFp64():
+    with nullcontext() if model.get("model_type") in _STAYS_IN_FP64 else keep_fp64():
         return train(*args, **kwargs)

@@ -35,7 +35,7 @@ RUN_TOML = """
 [training]
 seq_len = 32
 local_batch_size = 2
-global_batch_size = 8
+global_batch_size = 4
 steps = 20
 param_dtype = "float32"
 
