@@ -262,17 +262,16 @@ _TEXTS = [
 _NUMBERS = [-2, -1, 0, 1, 3, 7, 10**12, 2**63, 10**30, 0.5, -0.0, 1e-300, 1e300]
 _NUMBERS += [float("nan"), float("inf"), -float("inf")]
 _OTHERS = [True, False, "many", "", [], [1], {}, {"a": 1}, "12", "1e3"]
+_LLAMAS: list[dict[str, Any]] = [
+    *({"hidden_size": 33}, {"num_attention_heads": 0}, {"vocab_size": -1}),
+    *({"num_hidden_layers": "two"}, {"rope_parameters": {"rope_type": "none"}}),
+    *({"rope_parameters": {"rope_theta": float("nan")}}, {"quantization_config": {}}),
+    {"hidden_act": "none", "hidden_size": 32},
+]
 _TABLES: list[Any] = [
     {},
     {"model_type": "none"},
-    {"model_type": "llama", "hidden_size": 33},
-    {"model_type": "llama", "num_attention_heads": 0},
-    {"model_type": "llama", "vocab_size": -1},
-    {"model_type": "llama", "num_hidden_layers": "two"},
-    {"model_type": "llama", "rope_parameters": {"rope_type": "none"}},
-    {"model_type": "llama", "rope_parameters": {"rope_theta": float("nan")}},
-    {"model_type": "llama", "quantization_config": {}},
-    {"model_type": "llama", "hidden_act": "none", "hidden_size": 32},
+    *({"model_type": "llama"} | wrong for wrong in _LLAMAS),
     {"rope_type": "yarn", "factor": float("nan")},
     {"rope_type": "linear", "factor": 1e300},
     {"rope_type": [], "factor": 2},

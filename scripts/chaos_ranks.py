@@ -136,17 +136,11 @@ def _be_rank(
         os.environ |= {"HOME": str(folder), "COLUMNS": "400"}
         os.environ |= {"WANDB_MODE": "disabled", "TORCH_CPP_LOG_LEVEL": "FATAL"}
         if ranks > 1:
-            os.environ |= {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-                "GROUP_RANK": "0",
-                "GROUP_WORLD_SIZE": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "TORCHELASTIC_RUN_ID": "chaos",
-            }
+            os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+            os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
+            os.environ |= {"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ["TORCHELASTIC_RUN_ID"] = "chaos"
         prepare(rank)
         from titan_ulysses.__main__ import run
         from titan_ulysses.launch.failure import exit_on_error

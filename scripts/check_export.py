@@ -85,25 +85,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path)
-    parser.add_argument(
-        "--model", type=Path, help="compare with evaluation.json, of this folder's weights"
-    )
-    parser.add_argument(
-        "--config", type=Path, help="that the run had (default: config.toml of the run)"
-    )
-    parser.add_argument("--tolerance", type=float, default=1e-5)
+    add = parser.add_argument
+    add("run", type=Path)
+    add("--model", type=Path, help="compare with evaluation.json, of this folder's weights")
+    add("--config", type=Path, help="that the run had (default: config.toml of the run)")
+    add("--tolerance", type=float, default=1e-5)
     args = parser.parse_args(argv)
     loss, tokens, sequences = logged(args.run, evaluation=args.model is not None)
     folder = args.model or args.run / "export"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a run writes export/ at its end.")
-    found = held_out_loss(
-        folder,
-        args.config or args.run / "config.toml",
-        tokens,
-        sequences,
-    )
+    found = held_out_loss(folder, args.config or args.run / "config.toml", tokens, sequences)
     difference = abs(found - loss)
     print(
         f"held-out loss: the run logged {loss:.8f}, plain transformers gets {found:.8f}, "

@@ -42,15 +42,9 @@ STEPS, VOCABULARY = 3, 61
 TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 # A model with LayerNorm and without any operation in fp32, so that differences from plain
 # transformers are only rounding in fp64.
-MODEL = {
-    "model_type": "starcoder2",
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-}
+MODEL = {"model_type": "starcoder2", "vocab_size": VOCABULARY, "hidden_size": 48}
+MODEL |= {"intermediate_size": 64, "num_hidden_layers": 2}
+MODEL |= {"num_attention_heads": 6, "num_key_value_heads": 2}
 
 
 def batch_of(step: int) -> dict[str, torch.Tensor]:

@@ -75,25 +75,16 @@ REAL = Scale(
 )
 TINY = Scale("cpu", 256, (128,), 32, 48, 257, (4, 2), 8, 3, 16, 2**20)
 
-LLAMA_8B = {"rope_theta": 500_000.0, "rms_norm_eps": 1e-5}
-
 
 def llama(scale: Scale, layers: int) -> dict[str, Any]:
     """Return the config of a llama of the scale's widths (on a GPU those of Llama-3-8B)."""
     heads, kv_heads = scale.heads
-    return LLAMA_8B | {
-        "model_type": "llama",
-        "vocab_size": scale.vocabulary,
-        "hidden_size": scale.width,
-        "intermediate_size": scale.inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": scale.head_size,
-        "max_position_embeddings": 2**20,
-        "bos_token_id": 256,
-        "eos_token_id": 256,
-    }
+    table = {"model_type": "llama", "rope_theta": 500_000.0, "rms_norm_eps": 1e-5}
+    table |= {"vocab_size": scale.vocabulary, "bos_token_id": 256, "eos_token_id": 256}
+    table |= {"hidden_size": scale.width, "intermediate_size": scale.inner}
+    table |= {"num_hidden_layers": layers, "max_position_embeddings": 2**20}
+    table |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return table | {"head_dim": scale.head_size}
 
 
 # --- 1. versions and imports ----------------------------------------------------------------------
@@ -147,6 +138,13 @@ def config_of(scale: Scale, folder: str, **settings: Any) -> Any:
         section, _, name = key.partition("__")
         values.setdefault(section, {})[name] = value
     return Config.model_validate(values)
+
+
+def config_of_llama(scale: Scale, folder: str, *, layers: int, tokens: int, **settings: Any) -> Any:
+    """The same of a model of the scale's widths, with its checkpoints on the host."""
+    settings |= {"model__config": llama(scale, layers), "training__seq_len": tokens}
+    settings["data__path"] = f"{{stdlib}}/{'argparse' if scale.rehearses else '*'}.py"
+    return config_of(scale, folder, activation_checkpoint__offload="host", **settings)
 
 
 def logged(folder: str) -> list[Figures]:
@@ -451,11 +449,8 @@ def rate_of(scale: Scale, core: Any, heads: tuple[int, int]) -> Figures:
         attend(*inputs)
         wait(scale)
     slowest = max(profiler.key_averages(), key=lambda event: event.self_device_time_total)
-    return {
-        "forward": round(flops / forward / 1e12, 1),
-        "backward": round(2.5 * flops / backward / 1e12, 1),
-        "kernel": slowest.key[:80],
-    }
+    rates = {"forward": flops / forward / 1e12, "backward": 2.5 * flops / backward / 1e12}
+    return {way: round(rate, 1) for way, rate in rates.items()} | {"kernel": slowest.key[:80]}
 
 
 def wait(scale: Scale) -> None:
@@ -485,14 +480,7 @@ def planned_memory(scale: Scale) -> Figures:
     found: Figures = {}
     for tokens in scale.long:
         with tempfile.TemporaryDirectory() as folder:
-            config = config_of(
-                scale,
-                folder,
-                model__config=llama(scale, 2),
-                data__path="{stdlib}/*.py" if not scale.rehearses else "{stdlib}/argparse.py",
-                training__seq_len=tokens,
-                activation_checkpoint__offload="host",
-            )
+            config = config_of_llama(scale, folder, layers=2, tokens=tokens)
             status = in_fork(run_trainer, config)
             assert status == 0, f"{tokens} tokens: the run ended with {status}"
             last = logged(folder)[-1]

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,7 @@ from gpu_check import (
     Figures,
     Scale,
     check_all,
-    config_of,
-    llama,
+    config_of_llama,
     logged,
     run_trainer,
 )
@@ -77,17 +77,12 @@ def nccl_memory(scale: Scale) -> Figures:
     mesh = build_mesh(sequence=world)
     x = torch.ones(world, 2**20 if not scale.rehearses else 4, device=mesh.device)
     found: Figures = {"context": used()}
-    uses = {
-        "loss: all-reduce": partial(dist.all_reduce, x[0], group=mesh.loss.get_group()),
-        "sp: all-to-all": partial(
-            dist.all_to_all_single, torch.empty_like(x), x, group=mesh.sp.get_group()
-        ),
-        "fsdp: all-gather": partial(
-            dist.all_gather_into_tensor,
-            torch.empty_like(x).flatten(),
-            x[0],
-            group=mesh.fsdp.get_group(),
-        ),
+    loss, sp, fsdp = (one.get_group() for one in (mesh.loss, mesh.sp, mesh.fsdp))
+    there, whole = torch.empty_like(x), torch.empty_like(x).flatten()
+    uses: dict[str, Callable[[], Any]] = {
+        "loss: all-reduce": lambda: dist.all_reduce(x[0], group=loss),
+        "sp: all-to-all": lambda: dist.all_to_all_single(there, x, group=sp),
+        "fsdp: all-gather": lambda: dist.all_gather_into_tensor(whole, x[0], group=fsdp),
     }
     for name, use in uses.items():
         before = used()
@@ -119,15 +114,8 @@ def step(scale: Scale, *, tokens: int, layers: int) -> Figures:
 
     world = int(os.environ["WORLD_SIZE"])
     folder = os.environ["GPU_CHECK_FOLDER"]
-    config = config_of(
-        scale,
-        folder,
-        model__config=llama(scale, layers),
-        data__path="{stdlib}/*.py" if not scale.rehearses else "{stdlib}/argparse.py",
-        training__seq_len=tokens,
-        parallelism__sequence_parallel_degree=world,
-        activation_checkpoint__offload="host",
-    )
+    degree = {"parallelism__sequence_parallel_degree": world}
+    config = config_of_llama(scale, folder, layers=layers, tokens=tokens, **degree)
     run_trainer(config, Profiled)
     dist.barrier()
     last = logged(folder)[-1] if dist.get_rank() == 0 else {}

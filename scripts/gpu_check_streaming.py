@@ -92,22 +92,15 @@ def dropout(scale: Scale) -> Figures:
 def many_steps(scale: Scale) -> Figures:
     """Gradients of each of many steps, off the device against on it: none gets lost."""
     found: Figures = {}
-    small = replace(
-        scale,
-        tokens=min(scale.tokens, 4096),
-        width=min(scale.width, 512),
-        inner=min(scale.inner, 1024),
-        vocabulary=min(scale.vocabulary, 1000),
-        heads=(4, 2),
-    )
+    most = {"tokens": 4096, "width": 512, "inner": 1024, "vocabulary": 1000}
+    sizes: dict[str, Any] = {name: min(getattr(scale, name), size) for name, size in most.items()}
+    small = replace(scale, heads=(4, 2), **sizes)
     model, batch, _ = sharded_llama(small, 2, **chunked(small))
     expected = loss_and_gradients(model, batch)
     for name, offload in {"host": HOST, "disk": DISK}.items():
         model, batch, _ = sharded_llama(small, 2, **chunked(small, **offload))
-        steps = 3 if scale.rehearses else STEPS
-        found[name] = max(
-            furthest(loss_and_gradients(model, batch), expected) for _ in range(steps)
-        )
+        steps = range(3 if scale.rehearses else STEPS)
+        found[name] = max(furthest(loss_and_gradients(model, batch), expected) for _ in steps)
         assert found[name] < CLOSE, found
     return found
 

@@ -35,9 +35,7 @@ def bench(name: str) -> ModuleType:
 
 def case_of(ranks: int):
     whole = "memory.stream_chunk_tokens=-1"
-    return bench("plan_accuracy").case(
-        f"P {ranks}", ranks, ranks * TOKENS, whole, degree=ranks, model=MODEL
-    )
+    return bench("plan_accuracy").case(f"P {ranks}", ranks, ranks * TOKENS, whole, MODEL)
 
 
 def counted(ranks: int) -> dict:

@@ -267,24 +267,17 @@ def plot(table: dict[str, list[dict]], path: Path, memory: str) -> None:
 def main() -> None:
     tables = {"recipe": recipe, "head": loss_head, "layers": layers}
     parser = parser_of(__doc__)
-    parser.add_argument("--what", nargs="+", choices=list(tables), default=list(tables))
-    parser.add_argument(
-        "--seq-lens", type=int, nargs="+", default=[2048, 4096, 8192, 16_384], help="of the recipe"
-    )
-    parser.add_argument(
-        "--head-seq-lens", type=int, nargs="+", default=[2**i for i in range(11, 17)]
-    )
-    parser.add_argument(
-        "--longest-untiled", type=int, default=16_384, help="of the loss head in one tile"
-    )
-    parser.add_argument("--layers-seq-lens", type=int, nargs="+", default=[4096, 8192, 16_384])
-    parser.add_argument("--layers-counts", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--ranks", type=int, help="by default all GPUs, or 2")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], help="by default fp32 on a CPU, bf16 on a GPU"
-    )
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=20, help="patience a process")
+    add = parser.add_argument
+    add("--what", nargs="+", choices=list(tables), default=list(tables))
+    add("--seq-lens", type=int, nargs="+", default=[2048, 4096, 8192, 16_384], help="of the recipe")
+    add("--head-seq-lens", type=int, nargs="+", default=[2**i for i in range(11, 17)])
+    add("--longest-untiled", type=int, default=16_384, help="of the loss head in one tile")
+    add("--layers-seq-lens", type=int, nargs="+", default=[4096, 8192, 16_384])
+    add("--layers-counts", type=int, nargs="+", default=[2, 4, 8])
+    add("--ranks", type=int, help="by default all GPUs, or 2")
+    add("--dtype", choices=["float32", "bfloat16"], help="by default fp32 on a CPU, bf16 on a GPU")
+    add("--repeats", type=int, default=3)
+    add("--minutes", type=float, default=20, help="patience a process")
     args = parser.parse_args()
 
     import torch

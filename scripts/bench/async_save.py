@@ -8,7 +8,6 @@ AdamW's state). Both kinds of save are of the same run and the same memory, in t
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -16,6 +15,8 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from common import parser_of
 
 from titan_ulysses.config.load import load_config
 from titan_ulysses.train.trainer import Trainer
@@ -36,7 +37,7 @@ HUNDRED_MILLION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_la
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to save; default: a temporary folder")
     options = parser.parse_args()

@@ -11,11 +11,11 @@ over steps. The loader's own code runs; no token is read.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
+from common import parser_of
 
 from titan_ulysses.data.balance import attention_cost, deal, in_order, slowest
 from titan_ulysses.data.corpus import Corpus
@@ -47,7 +47,7 @@ def ratios(costs_of_steps: list[list[int]], *, ranks: int) -> tuple[float, float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--seq-len", type=int, default=16384)
     parser.add_argument("--median", type=float, default=512, help="tokens of a document")
     parser.add_argument("--sigma", type=float, default=1.0, help="of the lengths' logarithm")
@@ -64,14 +64,10 @@ def main() -> None:
         f"x the median; sequences of {options.seq_len:,}, {options.sequences} a step, "
         f"{options.steps} steps"
     )
-    per_step = options.sequences
-    costs = [
-        [
-            attention_cost(sequences.document_lengths(index))
-            for index in range(step * per_step, (step + 1) * per_step)
-        ]
-        for step in range(options.steps)
-    ]
+    per_step, costs = options.sequences, []
+    for first in range(0, options.steps * per_step, per_step):
+        lengths = map(sequences.document_lengths, range(first, first + per_step))
+        costs.append([*map(attention_cost, lengths)])
     rows = []
     for ranks in (2, 4, 8):
         dealt, before = ratios(costs, ranks=ranks)

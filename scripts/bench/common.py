@@ -35,17 +35,28 @@ no page faults.
 """
 
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 32_000,
-    "hidden_size": 256,
-    "intermediate_size": 896,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2**22,
-    "tie_word_embeddings": False,
-}
+def model_table(
+    kind: str,
+    *,
+    vocab: int,
+    width: int,
+    inner: int,
+    layers: int,
+    heads: tuple[int, int],
+    **more: Any,
+) -> dict[str, Any]:
+    """Return a model as a table of [model.config]. heads: those of queries, and of keys and values.
+    more: other keys, or other values of those that all have.
+    """
+    own = {"model_type": kind, "vocab_size": vocab, "hidden_size": width}
+    own |= {"intermediate_size": inner, "num_hidden_layers": layers}
+    own |= {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    return own | {"max_position_embeddings": 2**22, "tie_word_embeddings": False} | more
+
+
+LLAMA = model_table("llama", vocab=32_000, width=256, inner=896, layers=4, heads=(8, 4))
+TOKEN_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+"""For types whose default ids are beyond a small vocabulary."""
 
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:

@@ -42,22 +42,12 @@ def quickstart(steps: int) -> float:
     steps after the first few.
     """
     with tempfile.TemporaryDirectory() as folder:
-        settings = {
-            "job.dump_folder": folder,
-            "training.steps": steps,
-            "lr_scheduler.warmup_steps": 1,
-        }
-        off = dict.fromkeys(
-            ("validation.enable", "checkpoint.enable", "checkpoint.export"), "false"
-        )
-        options = [f"--{key}={value}" for key, value in {**settings, **off}.items()]
-        command = [
-            *launch(2, str(ROOT / "train.py")),
-            "--config",
-            "configs/quickstart.toml",
-            *options,
-        ]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        off = ("validation.enable", "checkpoint.enable", "checkpoint.export")
+        settings = dict.fromkeys(off, "false") | {"job.dump_folder": folder}
+        settings |= {"training.steps": str(steps), "lr_scheduler.warmup_steps": "1"}
+        options = [f"--{key}={value}" for key, value in settings.items()]
+        command = [*launch(2, str(ROOT / "train.py")), "--config", "configs/quickstart.toml"]
+        subprocess.run([*command, *options], cwd=ROOT, check=True, capture_output=True)
         lines = (Path(folder) / "quickstart" / "metrics.jsonl").read_text().splitlines()
     return statistics.median(json.loads(line)["tokens_per_second"] for line in lines[3:])
 

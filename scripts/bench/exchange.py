@@ -232,8 +232,8 @@ def count(heads: tuple[int, int], degrees: list[int], tokens: int) -> list[dict[
 
 
 def show_times(ranks: int, seq_lens: list[int], rows: int, repeats: int, minutes: float) -> None:
-    how = {"ranks": ranks, "minutes": minutes, "env": CACHING}
-    everyone = child(measure, seq_lens, rows, repeats, **how)
+    given = seq_lens, rows, repeats
+    everyone = child(measure, *given, ranks=ranks, minutes=minutes, env=CACHING)
     if isinstance(everyone, str):
         print(f"{ranks} ranks: {everyone}")
         return

@@ -66,8 +66,8 @@ def main() -> None:
     args = parser.parse_args()
     for experts in args.experts:
         for name in ("ours", "peft"):
-            how = {"minutes": 5, "env": ALLOCATOR, "what": f"{experts} experts, {name}"}
-            found = child(contend, experts, name == "ours", **how)
+            given, what = (experts, name == "ours"), f"{experts} experts, {name}"
+            found = child(contend, *given, minutes=5, env=ALLOCATOR, what=what)
             size = {key: found[key] / 2**20 for key in ("experts", "adapters", "added")}
             print(
                 f"{experts:>4} experts of {size['experts']:6.1f} MiB, adapters of "

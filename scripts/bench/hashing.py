@@ -9,7 +9,6 @@ ends with exit code 1 if the hashes add more than that to the seconds of saving.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from unittest import mock
 
 import torch
 import torch.distributed.checkpoint as dcp
+from common import parser_of
 
 import titan_ulysses.model  # noqa: F401  imports transformers without its warnings
 from titan_ulysses.checkpoint import storage
@@ -86,7 +86,7 @@ def starts(folder: Path, mib: int, rounds: int) -> dict[str, list[tuple[float, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--mib", type=int, default=400, help="size of the checkpoint")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit", type=float, help="the largest ratio that saving may grow by")

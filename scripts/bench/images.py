@@ -105,8 +105,8 @@ def main() -> None:
     args = parser.parse_args()
     beyond = []
     for images in args.images:
-        how = {"minutes": 10, "env": ALLOCATOR, "what": f"{images} images"}
-        found = child(measured, images, args.patches, **how)
+        given, what = (images, args.patches), f"{images} images"
+        found = child(measured, *given, minutes=10, env=ALLOCATOR, what=what)
         beyond.append((found["added"] - found["pixels"]) / 2**20)
         print(
             f"{images:6,} images of {found['side']} x {found['side']}: pixels "

@@ -19,32 +19,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import batch_of, child, parser_of, sharded_model
+from common import TOKEN_IDS, batch_of, child, model_table, parser_of, sharded_model
 
 LENGTH, TOKENS, KEYS = 256, 32, 32
-MODEL: dict[str, Any] = {
-    "model_type": "deepseek_v32",
-    "vocab_size": TOKENS,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "first_k_dense_replace": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-    "index_n_heads": 8,
-    "index_head_dim": 32,
-    "index_topk": LENGTH,
-    "max_position_embeddings": LENGTH,
-    "initializer_range": 0.06,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
+MODEL = model_table("deepseek_v32", vocab=TOKENS, width=64, inner=128, layers=2, heads=(4, 4))
+MODEL |= {"max_position_embeddings": LENGTH, "initializer_range": 0.06} | TOKEN_IDS
+MODEL |= {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16}
+MODEL |= {"v_head_dim": 16, "first_k_dense_replace": 2}
+MODEL |= {"index_n_heads": 8, "index_head_dim": 32, "index_topk": LENGTH}
 ROWS = 8
 HELD_OUT = 10**6
 """The seed of the first held-out batch."""

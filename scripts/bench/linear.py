@@ -20,58 +20,33 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from common import ALLOCATOR, CACHING, child, parser_of, peak_memory, slope
+from common import ALLOCATOR, CACHING, TOKEN_IDS, child, model_table, parser_of, peak_memory, slope
 
-BLOCK: dict[str, Any] = {
-    "vocab_size": 256,
-    "hidden_size": 256,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2**22,
-    "tie_word_embeddings": True,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
 _LONG = 10.0
 """Seconds of a backward that is not repeated."""
+
+
+def block(kind: str, layer: str, **own: Any) -> dict[str, Any]:
+    """Return a model of one block of width 256, with a layer of this kind."""
+    table = model_table(kind, vocab=256, width=256, inner=32, layers=1, heads=(4, 4))
+    return table | TOKEN_IDS | {"tie_word_embeddings": True, "layer_types": [layer]} | own
+
+
+_HEADS = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
+_SIZES = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
+_NO_EXPERTS = {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 32}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_n_groups": 1}
+_CONV = {"block_ff_dim": 32, "block_auto_adjust_ff_dim": False}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gated_deltanet": (
         "Gated DeltaNet, 8 heads of 64 x 64",
-        {
-            "model_type": "qwen3_5_text",
-            "layer_types": ["linear_attention"],
-            "linear_num_key_heads": 4,
-            "linear_num_value_heads": 8,
-            "linear_key_head_dim": 64,
-            "linear_value_head_dim": 64,
-        },
+        block("qwen3_5_text", "linear_attention", **_HEADS, **_SIZES),
     ),
     "mamba2": (
         "Mamba-2, 8 heads of 64 x 64",
-        {
-            "model_type": "granitemoehybrid",
-            "layer_types": ["linear_attention"],
-            "num_local_experts": 0,
-            "num_experts_per_tok": 0,
-            "shared_intermediate_size": 32,
-            "mamba_n_heads": 8,
-            "mamba_d_head": 64,
-            "mamba_d_state": 64,
-            "mamba_n_groups": 1,
-        },
+        block("granitemoehybrid", "linear_attention", **_NO_EXPERTS, **_MAMBA),
     ),
-    "short_conv": (
-        "short convolution of 3",
-        {
-            "model_type": "lfm2",
-            "layer_types": ["conv"],
-            "block_ff_dim": 32,
-            "block_auto_adjust_ff_dim": False,
-        },
-    ),
+    "short_conv": ("short convolution of 3", block("lfm2", "conv", **_CONV)),
 }
 
 
@@ -106,7 +81,7 @@ def pass_through(layer: Any, mesh: Any, length: int, chunk: int) -> dict[str, An
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    shape = 1, length, BLOCK["hidden_size"]
+    shape = 1, length, 256
     hidden, gradient = (torch.randn(shape, generator=generator) for _ in range(2))
     hidden.requires_grad_()
     documents = documents_of(mesh, length, chunk)
@@ -143,7 +118,7 @@ def layer_of(kind: str, *, streamed: bool) -> tuple[Any, Any]:
 
     init_distributed()
     mesh = build_mesh(sequence=1)
-    config = hf.load_model_config("", BLOCK | KINDS[kind][1])
+    config = hf.load_model_config("", KINDS[kind][1])
     model = hf.build_on_meta(config, torch.float32)
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
@@ -175,7 +150,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a streamed chunk")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
     args = parser.parse_args()
-    print(f"layers of width {BLOCK['hidden_size']}, fp32, one process, one thread")
+    print("layers of width 256, fp32, one process, one thread")
     for kind in args.kinds:
         print(KINDS[kind][0])
         peaks: dict[int, list[tuple[float, float]]] = {-1: [], args.chunk: []}
@@ -202,8 +177,8 @@ def alone(
     function: Callable[..., Any], kind: str, tokens: int, chunk: int, allocator: dict[str, str]
 ) -> Any:
     """Return what a function returns on one rank, in a process of its own."""
-    how = {"ranks": 1, "minutes": 10, "env": allocator, "what": f"{kind}, {tokens:,} tokens"}
-    return child(function, kind, tokens, chunk, **how)[0]
+    given, what = (kind, tokens, chunk), f"{kind}, {tokens:,} tokens"
+    return child(function, *given, ranks=1, minutes=10, env=allocator, what=what)[0]
 
 
 def named(chunk: int) -> str:

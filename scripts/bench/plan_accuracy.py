@@ -24,19 +24,9 @@ from common import ALLOCATOR, LLAMA, child, parser_of, peak_memory
 
 SMALL_LLAMA = LLAMA | {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 352}
 # Latent attention: values have another head size than queries and keys.
-LATENT = {
-    "model_type": "youtu",
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 8,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+LATENT = {"model_type": "youtu", "intermediate_size": 64, "num_hidden_layers": 2}
+LATENT |= {"num_key_value_heads": 8, "bos_token_id": 1, "eos_token_id": 2, "v_head_dim": 32}
+LATENT |= {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16}
 
 
 @dataclass(frozen=True)
@@ -58,19 +48,19 @@ def case(
     ranks: int,
     tokens: int,
     settings: str = "",
-    *,
-    degree: int = 1,
-    bf16: bool = False,
     model: dict[str, Any] | None = None,
+    *,
+    degree: int | None = None,
+    bf16: bool = False,
     documents: list[int] | None = None,
     resident: bool = False,
 ) -> Case:
-    """Build a case of sequences of so many tokens, each on `degree` ranks. settings: overrides as
-    on the command line, without dashes. model: what differs from SMALL_LLAMA.
+    """Build a case of sequences of so many tokens, each on `degree` ranks (all). settings:
+    overrides as on the command line, without dashes. model: what differs from SMALL_LLAMA.
     """
     dtype = "bfloat16" if bf16 else "float32"
     table: dict[str, Any] = {"training": {"seq_len": tokens, "param_dtype": dtype}}
-    table["parallelism"] = {"sequence_parallel_degree": degree}
+    table["parallelism"] = {"sequence_parallel_degree": degree or ranks}
     for setting in settings.split():
         key, _, value = setting.partition("=")
         section, _, field = key.partition(".")
@@ -79,37 +69,31 @@ def case(
     return Case(name, ranks, SMALL_LLAMA | (model or {}), table, documents, resident)
 
 
+MLP_TILES, LOSS_TILES = "memory.mlp_tile_tokens", "memory.loss_tile_tokens"
+CHUNKS, ROWS = "memory.stream_chunk_tokens", "training.local_batch_size"
+TILES = f"{MLP_TILES}=300 {LOSS_TILES}=100"
+EVERY_2, ON_HOST = "activation_checkpoint.every=2", "activation_checkpoint.offload=host"
+HSDP, NF4 = "parallelism.data_parallel_replicate_degree=2", "lora.quantize_base=nf4"
+ROUNDING, ADAMW = "optimizer.stochastic_rounding=true", "optimizer.name=adamw"
 TIED = {"tie_word_embeddings": True}
-TILES = "memory.mlp_tile_tokens=300 memory.loss_tile_tokens=100"
-EVERY_2 = "activation_checkpoint.every=2"
-ON_HOST = "activation_checkpoint.offload=host"
-NO_CHECKPOINTS = "activation_checkpoint.mode=none"
-QLORA = "lora.rank=4 lora.quantize_base=nf4"
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
 
 SMALL = [
-    case("small, one rank", 1, 4096, "memory.mlp_tile_tokens=512 memory.loss_tile_tokens=100"),
+    case("small, one rank", 1, 4096, f"{MLP_TILES}=512 {LOSS_TILES}=100"),
     case(
         "small, P 2, bf16, offload, tied",
-        *(2, 4096, f"{EVERY_2} {ON_HOST} memory.mlp_tile_tokens=300"),
-        degree=2,
+        *(2, 4096, f"{EVERY_2} {ON_HOST} {MLP_TILES}=300", TIED),
         bf16=True,
-        model=TIED,
     ),
     case(
         "small, P 2, packed, two batches, no checkpoints",
-        *(2, 2048, f"training.global_batch_size=3 {NO_CHECKPOINTS}"),
-        degree=2,
+        *(2, 2048, "training.global_batch_size=3 activation_checkpoint.mode=none"),
         documents=[1000, 24, 1024],
     ),
-    case("small, P 2, bf16, LoRA", 2, 4096, f"{TILES} lora.rank=4", degree=2, bf16=True),
-    case("small, P 2, latent attention", 2, 2048, degree=2, model=LATENT),
-    case(
-        "small, P 2, streamed",
-        *(2, 5120, f"{EVERY_2} memory.stream_chunk_tokens=1024 {TILES}"),
-        degree=2,
-    ),
-    case("small, P 2, bf16, QLoRA", 2, 512, QLORA, degree=2, bf16=True, model=WIDE),
+    case("small, P 2, bf16, LoRA", 2, 4096, f"{TILES} lora.rank=4", bf16=True),
+    case("small, P 2, latent attention", 2, 2048, "", LATENT),
+    case("small, P 2, streamed", 2, 5120, f"{EVERY_2} {CHUNKS}=1024 {TILES}"),
+    case("small, P 2, bf16, QLoRA", 2, 512, f"lora.rank=4 {NF4}", WIDE, bf16=True),
 ]
 
 BIG = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 2}
@@ -121,68 +105,35 @@ WIDE_VOCABULARY = {"vocab_size": 32768, "num_hidden_layers": 2}
 DEEP = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 10, "vocab_size": 8192}
 ATTENTION = {"intermediate_size": 64, "head_dim": 64, "num_hidden_layers": 2}
 THREE_HEADS = {"num_attention_heads": 3, "hidden_size": 96, "num_key_value_heads": 1}
-MLP_TILES, LOSS_TILES = "memory.mlp_tile_tokens", "memory.loss_tile_tokens"
-ROWS, HSDP = "training.local_batch_size", "parallelism.data_parallel_replicate_degree=2"
-ROUNDING = "optimizer.stochastic_rounding=true"
 
 CASES = [
-    case(
-        "attention, P 4, bf16",
-        *(4, 16384, f"{MLP_TILES}=256"),
-        degree=4,
-        bf16=True,
-        model=ATTENTION,
-    ),
-    case(
-        "attention, P 2, every 2",
-        *(2, 8192, f"{EVERY_2} {MLP_TILES}=256"),
-        degree=2,
-        model=QWEN3 | ATTENTION,
-    ),
-    case("MLP, untiled, dp 2", 2, 4096, f"{MLP_TILES}=-1", model={"intermediate_size": 1024}),
-    case("loss, untiled, dp 2", 2, 4096, f"{LOSS_TILES}=-1", model=WIDE_VOCABULARY),
-    case(
-        "loss, tiled, P 2, bf16",
-        *(2, 2048, f"{LOSS_TILES}=512"),
-        degree=2,
-        bf16=True,
-        model=WIDE_VOCABULARY | TIED,
-    ),
-    case("optimizer, deep, short", 1, 128, model=DEEP),
-    case("optimizer, 4 bits", 1, 64, "optimizer.name=adamw4bit", model=DEEP),
-    case("optimizer, rounding, P 2", 2, 128, ROUNDING, degree=2, bf16=True, model=DEEP),
-    case("optimizer, 8 bits, P 2", 2, 128, "optimizer.name=adamw8bit", degree=2, model=DEEP),
+    case("attention, P 4, bf16", 4, 16384, f"{MLP_TILES}=256", ATTENTION, bf16=True),
+    case("attention, P 2, every 2", 2, 8192, f"{EVERY_2} {MLP_TILES}=256", QWEN3 | ATTENTION),
+    case("MLP, untiled, dp 2", 2, 4096, f"{MLP_TILES}=-1", {"intermediate_size": 1024}, degree=1),
+    case("loss, untiled, dp 2", 2, 4096, f"{LOSS_TILES}=-1", WIDE_VOCABULARY, degree=1),
+    case("loss, tiled, P 2, bf16", 2, 2048, f"{LOSS_TILES}=512", WIDE_VOCABULARY | TIED, bf16=True),
+    case("optimizer, deep, short", 1, 128, "", DEEP),
+    case("optimizer, 4 bits", 1, 64, f"{ADAMW}4bit", DEEP),
+    case("optimizer, rounding, P 2", 2, 128, ROUNDING, DEEP, bf16=True),
+    case("optimizer, 8 bits, P 2", 2, 128, f"{ADAMW}8bit", DEEP),
     case(
         "olmo2, dp 2 x P 2, every 3",
-        *(4, 4096, f"activation_checkpoint.every=3 {MLP_TILES}=512"),
+        *(4, 4096, f"activation_checkpoint.every=3 {MLP_TILES}=512", OLMO2),
         degree=2,
-        model=OLMO2,
     ),
     case("HSDP 2 x P 2, offload", 4, 4096, f"{HSDP} {ON_HOST}", degree=2, bf16=True),
-    case("gemma2, packed, two rows", 1, 1024, f"{ROWS}=2", model=GEMMA2, documents=[100, 924]),
-    case(
-        "3 heads on 2 ranks, tiles",
-        *(2, 6000, f"{MLP_TILES}=700"),
-        degree=2,
-        model=ATTENTION | THREE_HEADS,
-    ),
+    case("gemma2, packed, two rows", 1, 1024, f"{ROWS}=2", GEMMA2, documents=[100, 924]),
+    case("3 heads on 2 ranks, tiles", 2, 6000, f"{MLP_TILES}=700", ATTENTION | THREE_HEADS),
     # Short rows, so that memory becomes large while attention takes little time.
-    case("resident, tiles", 1, 512, f"{ROWS}=192 {MLP_TILES}=2048", model=BIG, resident=True),
-    case("resident, MLP untiled", 1, 512, f"{ROWS}=72 {MLP_TILES}=-1", model=BIG, resident=True),
+    case("resident, tiles", 1, 512, f"{ROWS}=192 {MLP_TILES}=2048", BIG, resident=True),
+    case("resident, MLP untiled", 1, 512, f"{ROWS}=72 {MLP_TILES}=-1", BIG, resident=True),
     case(
         "resident, loss untiled",
-        *(1, 512, f"{ROWS}=12 {LOSS_TILES}=-1"),
-        model=BIG | {"vocab_size": 32768},
+        *(1, 512, f"{ROWS}=12 {LOSS_TILES}=-1", BIG | {"vocab_size": 32768}),
         resident=True,
     ),
-    case("resident, deep", 1, 64, model=BIG | DEEP | {"hidden_size": 1152}, resident=True),
-    case(
-        "resident, P 2, offload",
-        *(2, 1024, f"{ROWS}=136 {ON_HOST}"),
-        degree=2,
-        model=BIG,
-        resident=True,
-    ),
+    case("resident, deep", 1, 64, "", BIG | DEEP | {"hidden_size": 1152}, resident=True),
+    case("resident, P 2, offload", 2, 1024, f"{ROWS}=136 {ON_HOST}", BIG, resident=True),
 ]
 
 # --- what is planned ------------------------------------------------------------------------------
@@ -367,7 +318,8 @@ def of_case(function: str, name: str) -> dict:
 
 def compare(case: Case, minutes: float) -> dict:
     """Plan and run one case and print the comparison. Returns the relative errors."""
-    on_ranks = {"ranks": case.ranks, "threads": 2 // min(2, case.ranks), "minutes": minutes}
+    on_ranks: dict[str, Any] = {"ranks": case.ranks, "minutes": minutes}
+    on_ranks["threads"] = 2 // min(2, case.ranks)
     plan = child(of_case, "planned", case.name, minutes=minutes)
     everyone = child(of_case, "measure", case.name, **on_ranks)
     if isinstance(plan, str) or isinstance(everyone, str):

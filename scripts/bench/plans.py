@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import published
-from common import ROOT, parser_of
+from common import ROOT, model_table, parser_of
 
 from titan_ulysses.config.load import load_config
 from titan_ulysses.distributed.hardware import GIB
@@ -161,21 +161,9 @@ def hour() -> Iterator[list[str]]:
         yield [what, f"{found.seq_len:,}", seconds, f"{found.host_bytes / GIB:,.0f}"]
 
 
-QWEN_MOE: dict[str, Any] = {
-    "model_type": "qwen3_moe",
-    "vocab_size": 151_936,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "max_position_embeddings": 262_144,
-    "tie_word_embeddings": False,
-}
+QWEN_MOE = model_table("qwen3_moe", vocab=151_936, width=2048, inner=6144, layers=48, heads=(32, 4))
+QWEN_MOE |= {"head_dim": 128, "moe_intermediate_size": 768, "max_position_embeddings": 262_144}
+QWEN_MOE |= {"num_experts": 128, "num_experts_per_tok": 8}
 QLORA = FEW_GPUS | {
     "activation_checkpoint.offload": "none",
     "lora.rank": 16,
@@ -246,9 +234,7 @@ class Table(NamedTuple):
 
 TABLES = {
     "published": Table(
-        "docs/planner.md",
-        "| run | measured | planned | ratio | not in the plan |",
-        measurements,
+        "docs/planner.md", "| run | measured | planned | ratio | not in the plan |", measurements
     ),
     "ladder": Table(
         "docs/planner.md",

@@ -267,6 +267,11 @@ def count(seq_len: int) -> dict[str, tuple[int, int]]:
     return dict(counter.counts)
 
 
+def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns on rank 0 of so many CPU ranks of one thread each."""
+    return child(function, *arguments, ranks=ranks, minutes=10, what=f"{ranks} ranks")[0]
+
+
 def measured(*, tokens: int, repeats: int) -> list[dict[str, Any]]:
     """Measure strong and weak scaling on 1 and 2 ranks, exchange apart, and count on 1, 2 and 4 the
     bytes of the exchange, S / P constant. Every rank needs a core of its own for times.
@@ -278,8 +283,7 @@ def measured(*, tokens: int, repeats: int) -> list[dict[str, Any]]:
     print(f"{'':<7} {'P':>2} {'S':>7} {'a step':>8} {'exchange':>9} {'the rest':>9} {'CPU':>7}")
     # One rank at S = tokens is the first row of both.
     for what, ranks, seq_len in (("", 1, tokens), ("strong", 2, tokens), ("weak", 2, 2 * tokens)):
-        of_ranks = {"ranks": ranks, "minutes": 10, "what": f"{ranks} ranks"}
-        steps = child(measure, seq_len, repeats, **of_ranks)[0]
+        steps = on_ranks(ranks, measure, seq_len, repeats)
         row: dict[str, Any] = {"what": what, "ranks": ranks, "seq_len": seq_len}
         row |= {
             key: statistics.median(step[key] for step in steps)
@@ -293,8 +297,7 @@ def measured(*, tokens: int, repeats: int) -> list[dict[str, Any]]:
     config = hf.load_model_config("", MODEL)
     for ranks in (1, 2, 4):
         short = tokens // 4
-        of_ranks = {"ranks": ranks, "minutes": 10, "what": f"{ranks} ranks"}
-        counted = child(count, ranks * short, **of_ranks)[0]
+        counted = on_ranks(ranks, count, ranks * short)
         handed_in = counted.get("all_to_all", (0, 0))[1]
         closed = exchanged_bytes(config, degree=ranks, tokens=short, itemsize=4)
         rows.append({"what": "bytes", "ranks": ranks, "counted": handed_in, "closed_form": closed})

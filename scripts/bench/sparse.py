@@ -17,27 +17,21 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from common import ALLOCATOR, CACHING, child, measure, parser_of, slope, training_step
+from common import (
+    ALLOCATOR,
+    CACHING,
+    TOKEN_IDS,
+    child,
+    measure,
+    model_table,
+    parser_of,
+    slope,
+    training_step,
+)
 
-MODEL: dict[str, Any] = {
-    "model_type": "deepseek_v3",
-    "vocab_size": 256,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 1,
-    "first_k_dense_replace": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 96,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
-    "max_position_embeddings": 2**22,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
+MODEL = model_table("deepseek_v3", vocab=256, width=256, inner=512, layers=1, heads=(4, 4))
+MODEL |= {"q_lora_rank": 96, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16}
+MODEL |= {"v_head_dim": 32, "first_k_dense_replace": 1} | TOKEN_IDS
 INDEXER = {"model_type": "deepseek_v32", "index_topk": 256, "index_n_heads": 4}
 MODELS = {"dense": MODEL, "sparse": MODEL | INDEXER | {"index_head_dim": 32}}
 
@@ -113,8 +107,8 @@ def one_step(kind: str, tokens: int, ranks: int, chunk: int) -> dict[str, float]
     """Return seconds and bytes of a rank: the mean of the ranks' seconds, the largest memory."""
     found: dict[str, float] = {}
     for allocator, names in ((ALLOCATOR, ["memory"]), (CACHING, ["attention", "indexer"])):
-        how = {"ranks": ranks, "minutes": 15, "env": allocator}
-        of_ranks = child(step_of, kind, tokens, chunk, **how, what=f"{kind}, {tokens:,} tokens")
+        given, what = (kind, tokens, chunk), f"{kind}, {tokens:,} tokens"
+        of_ranks = child(step_of, *given, ranks=ranks, minutes=15, env=allocator, what=what)
         for name in names:
             values = [x.get(name, 0.0) for x in of_ranks]
             found[name] = max(values) if name == "memory" else sum(values) / ranks

@@ -328,48 +328,47 @@ class Match:
 
 def arguments() -> argparse.Namespace:
     parser = parser_of(__doc__)
-    parser.add_argument(
-        "--what", nargs="+", choices=["agreement", "time", "memory"], default=list(MODELS)
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--what", nargs="+", choices=["agreement", "time", "memory"], default=list(MODELS))
+    add(
         "--contenders",
         nargs="+",
         choices=[name for name in CONTENDERS if name != "plain"],
         default=[name for name in CONTENDERS if name not in ("plain", "library", "ring")],
     )
-    parser.add_argument("--dtypes", nargs="+", choices=list(TOLERANCE), default=list(TOLERANCE))
-    parser.add_argument("--seq-lens", type=int, nargs="+", default=[8192, 16_384, 32_768])
-    parser.add_argument(
+    add("--dtypes", nargs="+", choices=list(TOLERANCE), default=list(TOLERANCE))
+    add("--seq-lens", type=int, nargs="+", default=[8192, 16_384, 32_768])
+    add(
         "--peers",
         action="store_true",
         help="the comparison of versus_peers.py, with settings of its own but for --ranks and "
         "--minutes",
     )
-    parser.add_argument(
+    add(
         "--longest-fsdp2",
         type=int,
         default=16_384,
         help="beyond it FSDP2, with P times the work, rests",
     )
-    parser.add_argument("--layers", type=int, help="layers of the models: 4, for memory 2")
-    parser.add_argument("--agreement-seq-len", type=int, default=2048)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender, for times")
-    parser.add_argument("--steps", type=int, default=1, help="timed steps a turn")
-    parser.add_argument("--repeats", type=int, default=3, help="for memory")
-    parser.add_argument(
+    add("--layers", type=int, help="layers of the models: 4, for memory 2")
+    add("--agreement-seq-len", type=int, default=2048)
+    add("--ranks", type=int, default=2)
+    add("--rounds", type=int, default=3, help="turns of each contender, for times")
+    add("--steps", type=int, default=1, help="timed steps a turn")
+    add("--repeats", type=int, default=3, help="for memory")
+    add(
         "--alst-loss-tile-mib",
         type=int,
         default=1024,
         help="ALST's loss tiles where time is measured: it gathers the head's weight for each, so "
         "large are faster",
     )
-    parser.add_argument("--minutes", type=float, default=30, help="patience a process")
+    add("--minutes", type=float, default=30, help="patience a process")
     for name, what in {
         "--breakdown": "the tensors alive at our peak",
         "--profile": "the operators of our step",
     }.items():
-        parser.add_argument(name, action="store_true", help=f"only this: {what}, at S = 8K")
+        add(name, action="store_true", help=f"only this: {what}, at S = 8K")
     args = parser.parse_args()
     # Ours is first, because the others are compared with it.
     args.contenders = [name for name in CONTENDERS if name in args.contenders]

@@ -41,10 +41,7 @@ from titan_ulysses.plan.simulate import simulate
 from titan_ulysses.setup.parallelize import parallelize, wrap
 from titan_ulysses.setup.resolve import RunSpec, resolve
 
-CONTENDERS: dict[str, Callable[..., Any]] = {
-    "ulysses": parallelize,
-    "megatron": tensor_parallelize,
-}
+CONTENDERS: dict[str, Callable[..., Any]] = {"ulysses": parallelize, "megatron": tensor_parallelize}
 TOLERANCE = 1e-5
 """Relative difference of losses and gradient norms, in fp32."""
 
@@ -146,8 +143,8 @@ def contend(ranks: int, seq_lens: list[int], repeats: int) -> list[dict[str, dic
 def on_ranks(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run both on CPU ranks, and compare what was counted with plans."""
     ranks, given = options.ranks, (options.ranks, options.seq_lens, options.repeats)
-    how = {"ranks": ranks, "minutes": options.minutes, "what": f"on {ranks} ranks"}
-    everyone = child(contend, *given, **how)
+    what = f"on {ranks} ranks"
+    everyone = child(contend, *given, ranks=ranks, minutes=options.minutes, what=what)
     print(f"\n{options.ranks} CPU ranks, one thread each, fp32, medians of {options.repeats} turns")
     rows = []
     for seq_len, of in zip(options.seq_lens, everyone[0], strict=True):
