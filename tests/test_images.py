@@ -51,7 +51,6 @@ def test_dealing_is_close_to_the_best_there_is() -> None:
 def test_a_frame_costs_its_square() -> None:
     assert cost_of([100], 1) == 100 * (6 + 100)
     assert cost_of([50, 50], 1) == 2 * 50 * (6 + 50)
-    assert cost_of([100], 1, window=10) == 100 * (6 + 10)
 
 
 def test_a_rank_keeps_its_tokens_of_all_axes_and_its_own_pixels() -> None:

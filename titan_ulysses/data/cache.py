@@ -63,11 +63,7 @@ def read_corpus(
     encoder.check(source.source)
     corpus, stats = _read(source, encoder, cache_folder, setting)
     if not len(corpus):
-        why = "; ".join(stats.notes()) or "it is empty"
-        raise UserError(
-            f'{setting} = "{source.path}" has no document to train on ({why}): give data with text '
-            "in it"
-        )
+        raise stats.nothing_in(f'{setting} = "{source.path}"')
     return corpus, stats
 
 

@@ -17,6 +17,9 @@ from titan_ulysses.data.media import Media
 from titan_ulysses.data.records import TOP, BadRow, Encoded
 from titan_ulysses.distributed.errors import UserError
 
+_HELD_OUT_EVERY = 100
+"""Of so many documents the last one is held out, where validation has no data of its own."""
+
 
 class JoinedTokens:
     """Several arrays of tokens as one, of which slices within one of the arrays can be taken."""
@@ -226,15 +229,12 @@ class Corpus:
         found = order[np.searchsorted(self.begins[order], places, side="right") - 1]
         return (found if self.document_ids is None else self.document_ids[found]).tolist()
 
-    def split_held_out(
-        self, every: int = 100, *, setting: str = "data.path"
-    ) -> tuple[Corpus, Corpus]:
-        """Split into (train, held out), where the last of each `every` documents is held out.
+    def split_held_out(self, *, setting: str = "data.path") -> tuple[Corpus, Corpus]:
+        """Split into (train, held out), where the last of each 100 documents is held out.
 
-        With fewer than `every` documents, the last one is held out. Raise `UserError` for fewer
-        than 2 documents, which would leave nothing to train on.
+        With fewer than 100 documents, the last one is held out. Raise `UserError` for fewer than 2
+        documents, which would leave nothing to train on.
         """
-        assert every >= 2, every
         count = len(self)
         if count < 2:
             raise UserError(
@@ -243,7 +243,7 @@ class Corpus:
                 "false"
             )
         held_out = np.zeros(count, dtype=bool)
-        held_out[every - 1 :: every] = True
+        held_out[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY] = True
         held_out[-1] |= not held_out.any()
         return self.select(~held_out), self.select(held_out)
 
@@ -369,6 +369,11 @@ class CorpusStats:
                 self.tokens += len(document.ids)
                 self.parsed_calls += document.parsed_calls
                 yield document
+
+    def nothing_in(self, where: str) -> UserError:
+        """Return the error for data in which no row has become a document."""
+        why = "; ".join(self.notes()) or "it is empty"
+        return UserError(f"{where} has no document to train on ({why}): give data with text in it")
 
     def notes(self, kind: str = "") -> list[str]:
         """Return notes for the log about the rows of data.source = `kind`: what was left out, and

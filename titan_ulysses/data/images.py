@@ -119,15 +119,14 @@ class Visuals:
         return [i for i, owner in enumerate(self.owners(degree)) if owner == rank]
 
 
-def cost_of(patches: Sequence[int], hidden_size: int, *, window: int | None = None) -> int:
+def cost_of(patches: Sequence[int], hidden_size: int) -> int:
     """Return what a tower of this hidden size h computes for an image or video.
 
     patches: of each part that attends to itself alone, as a frame of a video does. A patch takes
     12 h^2 multiplications in the matrix products of a layer and 2 n h in its attention to n
-    patches, so n patches cost n (6 h + n) in units of 2 h. window: the most patches that a patch
-    attends to, where not to all.
+    patches, so n patches cost n (6 h + n) in units of 2 h.
     """
-    return sum(n * (6 * hidden_size + min(n, window or n)) for n in patches)
+    return sum(n * (6 * hidden_size + n) for n in patches)
 
 
 @lru_cache(maxsize=64)

@@ -24,12 +24,7 @@ from titan_ulysses.data.media import Media
 from titan_ulysses.data.packing import PackedSample, SampleStream
 from titan_ulysses.distributed.device import copied_to
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.sequence import (
-    IGNORE_INDEX,
-    Documents,
-    chunk_length,
-    local_slice,
-)
+from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length, local_slice
 
 
 @dataclass(frozen=True)
@@ -164,6 +159,7 @@ def _stacked_positions(rows: list[PackedSample]) -> Tensor:
     return torch.stack(alike, dim=-2)
 
 
+@dataclass(eq=False)
 class Loader:
     """Batches of `batch_size` = B rows for one rank, from a stream of sequences.
 
@@ -181,30 +177,23 @@ class Loader:
     batches while the step is computed.
     """
 
-    def __init__(
-        self,
-        sequences: SampleStream,
-        *,
-        batch_size: int,
-        batch_rank: int = 0,
-        batch_degree: int = 1,
-        accumulation_steps: int = 1,
-        sp_rank: int = 0,
-        sp_degree: int = 1,
-        stream_chunk_tokens: int = -1,
-        predicts: bool = False,
-        vocab_size: int | None = None,
-        decoder: Decoder | None = None,
-    ) -> None:
-        assert 0 <= batch_rank < batch_degree, (batch_rank, batch_degree)
-        assert 0 <= sp_rank < sp_degree, (sp_rank, sp_degree)
-        assert sequences.seq_len % sp_degree == 0, (sequences.seq_len, sp_degree)
-        self.sequences = sequences
-        self.batch_size, self.batch_rank, self.batch_degree = batch_size, batch_rank, batch_degree
-        self.accumulation_steps = accumulation_steps
-        self.sp_rank, self.sp_degree = sp_rank, sp_degree
-        self.vocab_size, self.decoder = vocab_size, decoder
-        self.stream_chunk_tokens, self.predicts = stream_chunk_tokens, predicts
+    sequences: SampleStream
+    batch_size: int
+    batch_rank: int = 0
+    batch_degree: int = 1
+    accumulation_steps: int = 1
+    sp_rank: int = 0
+    sp_degree: int = 1
+    stream_chunk_tokens: int = -1
+    predicts: bool = False
+    vocab_size: int | None = None
+    decoder: Decoder | None = None
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.batch_rank < self.batch_degree, (self.batch_rank, self.batch_degree)
+        assert 0 <= self.sp_rank < self.sp_degree, (self.sp_rank, self.sp_degree)
+        seq_len = self.sequences.seq_len
+        assert seq_len % self.sp_degree == 0, (seq_len, self.sp_degree)
         self._origin = 0  # number of sequences that had been read when this loader began
         self._batches = 0  # number of batches since then
         self._steps: dict[int, DealtStep] = {}
@@ -333,9 +322,7 @@ class Loader:
         if self.predicts:
             whole = whole.with_next()
         local = whole.local(
-            rank=self.sp_rank,
-            degree=self.sp_degree,
-            stream_chunk_tokens=self.stream_chunk_tokens,
+            rank=self.sp_rank, degree=self.sp_degree, stream_chunk_tokens=self.stream_chunk_tokens
         )
         if self.decoder is None or not self._kinds:
             return local

@@ -103,12 +103,7 @@ def encoder_of(
 
 
 def _open(
-    config: Config,
-    encoder: Encoder,
-    source: SourceSettings,
-    setting: str,
-    *,
-    splits: bool,
+    config: Config, encoder: Encoder, source: SourceSettings, setting: str, *, splits: bool
 ) -> tuple[SampleStream, SampleStream | None]:
     """Return the training stream of one source and, if `splits`, a stream of held-out documents."""
     training, held_out = config.training, None

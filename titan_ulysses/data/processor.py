@@ -89,8 +89,8 @@ class VisionProcessor:
         if self._positions:
             axes = self._positions(torch.from_numpy(ids.astype(np.int64)), visuals)
             positions = axes.T.numpy().astype(np.int32)
-        its = {"visuals": tuple(visuals), "media": tuple(found), "positions": positions}
-        return Encoded(ids, **its), offsets
+        read = Encoded(ids, visuals=tuple(visuals), media=tuple(found), positions=positions)
+        return read, offsets
 
     def placeholder(self, kind: str) -> int:
         """Return the id of the token that stands for a feature row of an image or video."""

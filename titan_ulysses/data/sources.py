@@ -53,7 +53,7 @@ def open_rows(source: SourceSettings, setting: str = "data.path") -> Rows:
     if is_remote(source.path):
         source = source.model_copy(update={"path": fetched(source.path, setting)})
     if source.source == "text":
-        return TextRows(source, setting)
+        return FileRows(source, setting)
     path = source.path
     # A path that looks like a file or a pattern is never the name of a data set.
     is_files = source.source == "jsonl" or (
@@ -68,83 +68,52 @@ def open_rows(source: SourceSettings, setting: str = "data.path") -> Rows:
             raise UserError(
                 f'{setting} = "{path}" are files, which have no {key} "{value}": give a data set'
             )
-    return RecordRows(source, setting)
+    return FileRows(source, setting)
 
 
-class Rows:
-    """All rows of one source. They can be iterated repeatedly.
+class FileRows:
+    """The rows of files: a text each, or a row for each record of JSON lines, JSON, parquet, arrow.
 
-    `done` of `total` is the progress of the current iteration; `total` is None if it is unknown.
+    They can be iterated repeatedly. `.gz` and `.zst` files are decompressed while they are read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, source: SourceSettings, setting: str) -> None:
+        self.source, self.setting = source, setting
+        own = {"text": TEXT_EXTENSIONS, "tokens": TOKEN_EXTENSIONS}
+        extensions = source.extensions or own.get(source.source, RECORD_EXTENSIONS)
+        self.files = find_files(source.path, extensions=extensions, setting=setting)
         self.done = 0
-        self.total: int | None = None
-
-    def __iter__(self) -> Iterator[Row | BadRow]:
-        raise NotImplementedError
+        """bytes that the current iteration has read"""
+        self.total: int | None = sum(file.stat().st_size for file in self.files.values())
 
     def fingerprint(self) -> str:
         """Return a hash that identifies the content."""
-        raise NotImplementedError
-
-
-class FileRows(Rows):
-    """The rows of files. Progress is counted in bytes."""
-
-    def __init__(self, source: SourceSettings, setting: str, extensions: list[str]) -> None:
-        super().__init__()
-        self.source, self.setting = source, setting
-        extensions = source.extensions or extensions
-        self.files = find_files(source.path, extensions=extensions, setting=setting)
-        self.total = sum(file.stat().st_size for file in self.files.values())
-
-    def fingerprint(self) -> str:
         return digest(self.files)
 
-
-class TextRows(FileRows):
-    """Text files, one row per file."""
-
-    def __init__(self, source: SourceSettings, setting: str) -> None:
-        super().__init__(source, setting, TEXT_EXTENSIONS)
-
-    def __iter__(self) -> Iterator[Row]:
-        self.done = 0
-        for name, file in self.files.items():
-            yield Row(name, read_text(file, self.source.encoding, self.setting))
-            self.done += file.stat().st_size
-
-
-class RecordRows(FileRows):
-    """JSON-lines, JSON, parquet and arrow files, one row per record.
-
-    `.gz` and `.zst` files are decompressed while they are read.
-    """
-
-    def __init__(self, source: SourceSettings, setting: str) -> None:
-        is_tokens = source.source == "tokens"
-        super().__init__(source, setting, TOKEN_EXTENSIONS if is_tokens else RECORD_EXTENSIONS)
-
     def __iter__(self) -> Iterator[Row | BadRow]:
-        from pyarrow import ArrowException
-
         before = 0
         for name, file in self.files.items():
             self.done = before
-            tables = {".parquet": self._parquet, ".arrow": self._arrow}
-            table = tables.get(file.suffix.lower())
-            records = enumerate(table(file), start=1) if table else self._json(file)
-            try:
-                for number, record in records:
-                    yield read_record(record, self.source, f"{name}:{number}", file.parent)
-            except (OSError, ValueError, RecursionError, ArrowException) as error:
-                raise UserError(
-                    f"{self.setting}: {file} cannot be read ({one_line(error)}): repair it, or "
-                    "leave it out"
-                ) from error
+            if self.source.source == "text":
+                yield Row(name, read_text(file, self.source.encoding, self.setting))
+            else:
+                yield from self._records(name, file)
             before += file.stat().st_size
         self.done = before
+
+    def _records(self, name: str, file: Path) -> Iterator[Row | BadRow]:
+        from pyarrow import ArrowException
+
+        table = {".parquet": self._parquet, ".arrow": self._arrow}.get(file.suffix.lower())
+        records = enumerate(table(file), start=1) if table else self._json(file)
+        try:
+            for number, record in records:
+                yield read_record(record, self.source, f"{name}:{number}", file.parent)
+        except (OSError, ValueError, RecursionError, ArrowException) as error:
+            raise UserError(
+                f"{self.setting}: {file} cannot be read ({one_line(error)}): repair it, or leave "
+                "it out"
+            ) from error
 
     def _json(self, file: Path) -> Iterator[tuple[int, Any]]:
         """Yield (line number, JSON value) of each line that is not empty.
@@ -187,16 +156,16 @@ class RecordRows(FileRows):
         with pyarrow.parquet.ParquetFile(file) as table:
             for group in range(table.num_row_groups):
                 for batch in table.iter_batches(batch_size=1024, row_groups=[group]):
-                    yield from self._records(batch)
+                    yield from self._of_table(batch)
                 self.done = before + size * (group + 1) // table.num_row_groups
 
     def _arrow(self, file: Path) -> Iterator[dict[str, Any]]:
         before = self.done
         for batch, end in arrow_batches(file):
-            yield from self._records(batch)
+            yield from self._of_table(batch)
             self.done = before + end
 
-    def _records(self, batch: Any) -> Iterable[dict[str, Any]]:
+    def _of_table(self, batch: Any) -> Iterable[dict[str, Any]]:
         if self.source.source != "tokens":
             return batch.to_pylist()
         columns = {name: batch.column(name) for name in batch.schema.names}
@@ -266,15 +235,16 @@ def _parse(line: bytes, encoding: str) -> Any:
         return error
 
 
-class DatasetRows(Rows):
-    """The rows of one split of a data set.
+class DatasetRows:
+    """The rows of one split of a data set. They can be iterated repeatedly.
 
     With `source.streaming` rows are read when they are needed, and nothing is written to disk.
     """
 
     def __init__(self, source: SourceSettings, setting: str) -> None:
-        super().__init__()
         self.source, self.setting = source, setting
+        self.done = 0
+        """rows that the current iteration has read"""
         with _quiet():
             self.dataset = self._open()
         if source.source == "tokens":
@@ -291,7 +261,7 @@ class DatasetRows(Rows):
                     "messages_field, or chosen_field and rejected_field say which is read, and of "
                     "tokens it is input_ids"
                 )
-        self.total = None if source.streaming else len(self.dataset)
+        self.total: int | None = None if source.streaming else len(self.dataset)
 
     def __iter__(self) -> Iterator[Row | BadRow]:
         return self._read(self.dataset, skip=0)
@@ -382,6 +352,10 @@ class DatasetRows(Rows):
 
     def _refusal(self, why: str) -> UserError:
         return UserError(f'{self.setting} = "{self.source.path}" {why}')
+
+
+Rows = FileRows | DatasetRows
+"""`done` of `total` is the progress of the current iteration; `total` is None if it is unknown."""
 
 
 def _decodes(features: Any) -> bool:

@@ -106,11 +106,7 @@ class StreamedSequences(SampleStream):
                 (self._row, self._document), self._epoch_is_empty = found, False
                 continue
             if self._epoch_is_empty:
-                why = "; ".join(self.stats.notes()) or "it is empty"
-                raise UserError(
-                    f"{self.rows.setting} has no document to train on ({why}): give data with text "
-                    "in it"
-                )
+                raise self.stats.nothing_in(self.rows.setting)
             self._epoch, self._row, self._offset = self._epoch + 1, 0, 0
             self._documents, self._epoch_is_empty = self._read(skip=0), True
         return self._document

@@ -9,10 +9,7 @@ import os
 import warnings
 
 # The second is the older name of the first.
-_VARIABLES = (
-    "PYTORCH_ALLOC_CONF",
-    "PYTORCH_CUDA_ALLOC_CONF",
-)
+_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _WANTED = "expandable_segments"
 
 

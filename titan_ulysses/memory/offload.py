@@ -109,11 +109,7 @@ class OffloadedTensor(OffDevice):
 class Store:
     """Keeps tensors in buffers of host memory."""
 
-    def __init__(
-        self,
-        make_buffer: MakeBuffer,
-        room: Callable[[], float] = lambda: inf,
-    ):
+    def __init__(self, make_buffer: MakeBuffer, room: Callable[[], float] = lambda: inf):
         self.make_buffer, self._room = make_buffer, room
         self.buffers: list[Tensor] = []
         """All buffers ever made, in use or free."""
@@ -190,10 +186,7 @@ class CudaStore(Store):
     """
 
     def __init__(
-        self,
-        make_buffer: MakeBuffer,
-        module: ModuleType,
-        room: Callable[[], float] = lambda: inf,
+        self, make_buffer: MakeBuffer, module: ModuleType, room: Callable[[], float] = lambda: inf
     ):
         super().__init__(make_buffer, room)
         self.module, self.outward, self.inward = module, module.Stream(), module.Stream()

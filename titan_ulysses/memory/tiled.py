@@ -271,10 +271,7 @@ class _TiledCall:
         return self.sequences.empty(part, (*self.lead, *part.shape[1:]))
 
     def backward(
-        self,
-        inputs: Sequence[Tensor],
-        upstream: Sequence[Tensor | None],
-        needs: Sequence[bool],
+        self, inputs: Sequence[Tensor], upstream: Sequence[Tensor | None], needs: Sequence[bool]
     ) -> list[Tensor | None]:
         """Return the gradients of inputs [N, ...] and of the parameters, None if not needed."""
         count, parameters, sequences = len(inputs), self.parameters(), self.sequences

@@ -386,10 +386,14 @@ def describe_validation(loss: float, by_position: Sequence[tuple[int, float, int
     ]
 
 
-def describe_pairs(loss: float, rewards: dict[str, float]) -> list[str]:
-    """Return a line about the loss of pairs of completions, and one about their rewards."""
-    means = "  ".join(f"{name} {value:.3f}" for name, value in rewards.items())
-    return [f"loss {loss:.4f}", f"rewards: {means}"]
+def describe_evaluation(fields: dict[str, Any]) -> list[str]:
+    """Return a line about the loss of an `Evaluation`, and one about the loss by position, or about
+    the rewards of pairs of completions.
+    """
+    if "rewards" not in fields:
+        return describe_validation(fields["loss"], fields["by_position"])
+    means = "  ".join(f"{name} {value:.3f}" for name, value in fields["rewards"].items())
+    return [f"loss {fields['loss']:.4f}", f"rewards: {means}"]
 
 
 def describe_sets(sets: Mapping[str, Any]) -> list[str]:
@@ -424,14 +428,10 @@ def describe_samples(samples: dict[str, str]) -> list[str]:
 def _line(step: int, total: int, values: dict[str, Any]) -> str:
     head = f"step {step:>{len(str(total))}}/{total}  "
     if "validation_loss" in values:
-        if "validation_rewards" in values:
-            loss, *more = describe_pairs(values["validation_loss"], values["validation_rewards"])
-        else:
-            loss, *more = describe_validation(
-                values["validation_loss"], values["validation_by_position"]
-            )
-        more += describe_sets(values.get("validation_sets", {}))
-        more += map(escape, describe_samples(values.get("validation_samples", {})))
+        found = {name.removeprefix("validation_"): value for name, value in values.items()}
+        loss, *more = describe_evaluation(found)
+        more += describe_sets(found.get("sets", {}))
+        more += map(escape, describe_samples(found.get("samples", {})))
         return "\n".join([f"{head}[bold]validation {loss}[/]", *(f"  {line}" for line in more)])
     # The line fits 80 columns where MFU is not known.
     return (

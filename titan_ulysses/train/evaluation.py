@@ -19,11 +19,7 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, join_slices
 from titan_ulysses.memory.losses import TokenStatistics
-from titan_ulysses.observability.metrics import (
-    describe_pairs,
-    describe_validation,
-    perplexity,
-)
+from titan_ulysses.observability.metrics import perplexity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,15 +126,8 @@ class TokenEvaluation(NamedTuple):
     See `position_edges`.
     """
 
-    @property
-    def perplexity(self) -> float:
-        return perplexity(self.loss)
-
     def as_json(self) -> dict[str, Any]:
-        return {**self._asdict(), "perplexity": self.perplexity}
-
-    def describe(self) -> list[str]:
-        return describe_validation(self.loss, self.by_position)
+        return {**self._asdict(), "perplexity": perplexity(self.loss)}
 
 
 class PairEvaluation(NamedTuple):
@@ -154,9 +143,6 @@ class PairEvaluation(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         return self._asdict()
-
-    def describe(self) -> list[str]:
-        return describe_pairs(self.loss, self.rewards)
 
 
 REWARDS = ("chosen", "rejected", "margins", "accuracies")

@@ -358,27 +358,33 @@ class PreferenceLoss(TrainingLoss):
         each = -model(**batch.inputs(), reduction="none").loss.flatten().double()
         is_label = (batch.labels != IGNORE_INDEX).flatten()
         own = batch.loss_inputs["completion"].flatten() if batch.loss_inputs else is_label
-        place, count = self._places(batch)
+        numbers, count = _numbers(batch)
+        place = self._local(numbers, batch).flatten()
         columns = torch.stack([each * own, own.double(), each])
         sums = torch.zeros(3, count + 1, dtype=torch.float64, device=each.device)
         sums = sums.index_add(1, place, columns)
         sums = SumOverRanks.apply(sums, torch.float64, self.mesh.sp.get_group())
         return Completions(*sums[:, :count].unbind())
 
-    def _places(self, batch: Batch) -> tuple[Tensor, int]:
-        """Return which completion each of this rank's tokens is of [B * T], and their number.
+    def _local(self, whole: Tensor, batch: Batch) -> Tensor:
+        """Return this rank's part of what belongs to the tokens of whole rows, on its device."""
+        part = self.mesh.local_slice(whole, chunk_tokens=batch.chunk_tokens)
+        return copied_to(part, self.mesh.device)
 
-        Padding has the number after the last.
-        """
-        count = 2 * sum(pairs_of(row) for row in batch.documents)
-        wholes, first = [], 0
-        for row in batch.documents:
-            own = 2 * pairs_of(row)
-            numbers = [*range(first, first + own), *([count] * (len(row) - own))]
-            wholes.append(torch.tensor(numbers).repeat_interleave(torch.tensor(row)))
-            first += own
-        place = self.mesh.local_slice(torch.stack(wholes), chunk_tokens=batch.chunk_tokens)
-        return copied_to(place.flatten(), self.mesh.device), count
+
+def _numbers(batch: Batch) -> tuple[Tensor, int]:
+    """Return which completion each token of whole rows is of [B, S], and their number.
+
+    Padding has the number after the last.
+    """
+    count = 2 * sum(pairs_of(row) for row in batch.documents)
+    wholes, first = [], 0
+    for row in batch.documents:
+        own = 2 * pairs_of(row)
+        numbers = [*range(first, first + own), *([count] * (len(row) - own))]
+        wholes.append(torch.tensor(numbers).repeat_interleave(torch.tensor(row)))
+        first += own
+    return torch.stack(wholes), count
 
 
 class KTO(PreferenceLoss):
@@ -443,23 +449,15 @@ class BradleyTerry(PreferenceLoss):
     """
 
     def _of_pairs(self, batch: Batch, count: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        ends, completions = self._ends(batch)
-        inputs = batch.inputs() | {"labels": ends, "num_documents": completions}
+        numbers, count_here = _numbers(batch)
+        is_last = (numbers != numbers.roll(-1, dims=1)) & (numbers < count_here)
+        ends = self._local(numbers.where(is_last, IGNORE_INDEX), batch)
+        inputs = batch.inputs() | {"labels": ends, "num_documents": count_here}
         rewards = self.model(**inputs).logits[:, 0].double()
         chosen, rejected = _split(rewards)
         each = -F.logsigmoid(chosen - rejected)
         each = each + self.config.center_rewards_coefficient * (chosen + rejected).square()
         return each, self._rewards(rewards.detach(), count)
-
-    def _ends(self, batch: Batch) -> tuple[Tensor, int]:
-        """Return which completion ends at each of this rank's tokens [B, T], and their number."""
-        wholes = torch.full((len(batch.documents), sum(batch.documents[0])), IGNORE_INDEX)
-        count = 0
-        for whole, row in zip(wholes, batch.documents, strict=True):
-            last = torch.tensor(row).cumsum(0)[: 2 * pairs_of(row)] - 1
-            whole[last] = torch.arange(count, count := count + len(last))
-        ends = self.mesh.local_slice(wholes, chunk_tokens=batch.chunk_tokens)
-        return copied_to(ends, self.mesh.device), count
 
     def describe(self, config: Config) -> str:
         center = config.loss.center_rewards_coefficient

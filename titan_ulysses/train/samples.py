@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_ulysses.config.schema import Config, SourceSettings
+from titan_ulysses.data.adapter import slice_rows
 from titan_ulysses.data.chat import encode_question
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.data.tokenizer import encode
@@ -98,15 +99,11 @@ def _next_tokens(model: PreTrainedModel, texts: list[list[int]], length: int) ->
         positions[row, len(text) :] -= len(text)
     documents = tuple((len(text), length - len(text)) for text in texts)  # a text, and padding
     whole, sharding = Batch(input_ids, labels, positions, documents), model.sharding
-    sp = sharding.mesh.sp
-    batch = whole.local(
-        rank=sp.get_local_rank(),
-        degree=sp.size(),
-        stream_chunk_tokens=sharding.stream_chunk_tokens,
-    )
-    inputs = batch.to(sharding.mesh.device).inputs()
+    mesh = sharding.mesh
+    batch = slice_rows(whole, mesh, sharding.stream_chunk_tokens)
+    inputs = batch.to(mesh.device).inputs()
     found = model(**inputs, reduction="none", loss_function=_likeliest).loss.sum(dim=1)
-    dist.all_reduce(found, group=sp.get_group())
+    dist.all_reduce(found, group=mesh.sp.get_group())
     dist.broadcast(found, src=0)  # the ranks must agree, or they would not make as many forwards
     return found.tolist()
 

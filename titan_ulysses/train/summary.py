@@ -160,11 +160,7 @@ def _choices_of_device(state: TrainState, *, counts_files: bool) -> Iterator[str
         yield f"[bold]the optimizer's step is not compiled[/], which is slow: {missing} is missing"
 
 
-_PLACES = {
-    "none": "",
-    "host": "; hidden states in host memory",
-    "disk": "; hidden states in files",
-}
+_PLACES = {"none": "", "host": "; hidden states in host memory", "disk": "; hidden states in files"}
 
 
 def _streaming(state: TrainState) -> str:

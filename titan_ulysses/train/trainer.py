@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +36,12 @@ from titan_ulysses.launch.failure import leave_together
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs, largest_head
 from titan_ulysses.model.prediction import layer_of
-from titan_ulysses.observability.metrics import PeakMemory, describe_samples, describe_sets
+from titan_ulysses.observability.metrics import (
+    PeakMemory,
+    describe_evaluation,
+    describe_samples,
+    describe_sets,
+)
 from titan_ulysses.observability.profiling import profiled
 from titan_ulysses.observability.progress import BlockWork, Progress, shows
 from titan_ulysses.observability.run_page import last_numbers, write_run_page
@@ -301,9 +305,7 @@ class Trainer:
             self._say(f"{hours} are over: stopped after step {state.step}. {done}")
             return
         why, starts_again = self.signals.why_ended(
-            state.step,
-            saves=config.checkpoint.enable,
-            another_host_joins=self._another_host_joins,
+            state.step, saves=config.checkpoint.enable, another_host_joins=self._another_host_joins
         )
         self._say(why)
         if starts_again:
@@ -366,7 +368,7 @@ class Trainer:
         # Every step calls the same collectives. It is enough to count those of the first one, which
         # is slow anyway.
         is_first = not self.log.collectives
-        with CollectiveCounter() if is_first else contextlib.nullcontext() as counter:
+        with CollectiveCounter() if is_first else nullcontext() as counter:
             metrics = train_step(
                 state.model,
                 state.optimizer,
@@ -511,7 +513,11 @@ class Trainer:
             values["samples"] = samples
         text = json.dumps(values | of_all.as_json(), indent=2) + "\n"
         self.run_folder.write("evaluation.json", text)
-        found = [*of_all.describe(), *describe_sets(sets), *describe_samples(samples)]
+        found = [
+            *describe_evaluation(of_all._asdict()),
+            *describe_sets(sets),
+            *describe_samples(samples),
+        ]
         self._say(f"{evaluated}: " + "\n".join(found))
         self._say(f"Written to {self.folder / 'evaluation.json'}")
 
