@@ -441,7 +441,11 @@ def estimate_plan(setup: Setup) -> Estimate:
 
     UserError as `make_plan`.
     """
-    plan = make_plan(setup)
+    return summary(make_plan(setup))
+
+
+def summary(plan: Estimate) -> Estimate:
+    """Return what settings are compared by, of a plan."""
     return Estimate(**{one.name: getattr(plan, one.name) for one in fields(Estimate)})
 
 
