@@ -41,11 +41,12 @@ def setup_of(**settings):
 
 def test_layers_that_a_config_lists_by_place():
     """Each third layer of this bamba has attention, so a period has three layers."""
-    from titan_ulysses.plan.layers import layers_to_simulate
+    from titan_ulysses.plan.layers import cuts
 
     bamba = model_of("bamba") | {"num_hidden_layers": 12, "max_position_embeddings": 2**20}
     bamba |= {"attn_layer_indices": [2, 5, 8, 11]}
-    assert layers_to_simulate(setup_of(model__config=bamba).spec) == [3, 6, 9]
+    found = cuts(setup_of(model__config=bamba).spec)
+    assert [(cut.few, cut.more) for cut in found] == [(3, 6), (6, 9)]
 
 
 def small(layers: int = 2, **settings):

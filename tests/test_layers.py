@@ -179,3 +179,23 @@ def test_few_layers_tell_what_all_do(case):
     # With replicas, a layer can take the buffer of the layer before: then all are simulated.
     is_replicated = setup.degrees.replicate > 1
     assert short.layers < whole.layers or is_replicated, "all layers were simulated"
+
+
+def test_a_second_length_takes_one_simulation(monkeypatch):
+    """What the fewest layers tell is known from the first length."""
+    from titan_ulysses.plan import layers
+    from titan_ulysses.plan.search import at_length
+    from titan_ulysses.plan.simulate import simulate
+
+    simulated = []
+
+    def counted(spec, **options):
+        simulated.append(spec.model_config.num_hidden_layers)
+        return simulate(spec, **options)
+
+    monkeypatch.setattr(layers, "simulate", counted)
+    first = setup_of("llama", {"plan.world_size": 2, "parallelism.sequence_parallel_degree": 2})
+    for setup in (first, second := at_length(first, 8192)):
+        short = layers.simulate_by_layers(setup.spec, cuda=setup.workspace)
+    assert simulated == [4, 3, 4]
+    assert all_of(short) == all_of(simulate(second.spec, cuda=setup.workspace))

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -113,29 +114,20 @@ class CostCounter:
         self.cost = Cost()
         self.ticks: list[Tick] = []
 
-    def add(self, kind: str, amount: Amount) -> str:
-        """Add the cost of what no operation shows, times the number that it stands for. Returns
-        the stage.
-        """
-        stage = STAGES.get(self._tracker.attribution.phase, "update")
-        self.cost.amounts[stage, kind] += amount * self._tracker.weight  # type: ignore[assignment]
-        return stage
+    def add(self, kind: str, amount: Amount) -> None:
+        """Add a cost, also of what no operation shows, times the number that it stands for."""
+        tracker, amount = self._tracker, amount * self._tracker.weight
+        stage = STAGES.get(tracker.attribution.phase, "update")
+        if kind != "exchange":  # its bytes are in the collectives
+            self.cost.amounts[stage, kind] += amount  # type: ignore[assignment]
+        self.ticks.append(Tick(len(tracker.events), stage, kind, amount, tracker.layer))
 
     def __call__(self, func, args: tuple, kwargs: dict, result) -> None:
         kind, amount = self._of(func, args, kwargs, result)
-        if not amount:
-            return
-        tracker = self._tracker
-        if kind == SEQUENCE_GATHERS:
-            stage, kind = self.add(kind, amount), "exchange"
-        elif kind == "exchange":  # its bytes are in the collectives
-            stage = STAGES.get(tracker.attribution.phase, "update")
-        else:
-            component = tracker.attribution.here().component
-            kind = f"{component}: {kind}" if component in SPARSE else kind
-            stage = self.add(kind, amount)
-        tick = Tick(len(tracker.events), stage, kind, amount * tracker.weight, tracker.layer)
-        self.ticks.append(tick)
+        if amount:
+            component = self._tracker.attribution.here().component
+            is_sparse = component in SPARSE and kind in KINDS
+            self.add(f"{component}: {kind}" if is_sparse else kind, amount)
 
     def _of(self, func, args: tuple, kwargs: dict, result) -> tuple[str, Amount]:
         """Return the kind and the amount of an operation's cost."""
@@ -381,12 +373,13 @@ def clock(
     """Return when each operation of a simulated step ends: (memory events before its end, seconds
     since the step began).
 
-    rates: amounts per second of each kind, "exchange" included. share: the share of the step's
-    micro-batches that was simulated. The time that the computation waits is spread evenly over the
-    stage that waits, and that of copies of parameters over forward and backward. The transfer of an
-    offloaded optimizer's state is spread over the update.
+    rates: amounts per second of each kind, those of exchanges included. share: the share of the
+    step's micro-batches that was simulated. The time that the computation waits is spread evenly
+    over the stage that waits, and that of copies of parameters over forward and backward. The
+    transfer of an offloaded optimizer's state is spread over the update.
     """
-    own = [float(tick.amount) / rates[base_of(tick.kind)] for tick in ticks]
+    # Copies of `memory.stream_offload` have no rate, and take no time here.
+    own = [float(tick.amount) / rates.get(base_of(tick.kind), inf) for tick in ticks]
     totals: defaultdict[str, float] = defaultdict(float)
     for tick, seconds in zip(ticks, own, strict=True):
         totals[tick.stage] += seconds

@@ -1,11 +1,11 @@
 """The settings with which sequences of a given length are trained fastest.
 
 Settings are compared by the planned seconds of a token: another mesh may train more sequences in a
-step. The search estimates each candidate (`estimate_plan`). It begins with settings that need
+step. The search estimates each candidate (`make_plan`). It begins with settings that need
 little memory, for every mesh whose sequences stay inside a node, or for all if none of these fits.
 It takes the best mesh, and changes one setting at a time, as long as that makes a token clearly
 faster. So it ends where no such change does. What cannot make it clearly faster (`_most_gained`),
-or cannot fit, is not estimated. The best is then planned once more, with all that a plan says.
+or cannot fit, is not estimated. Of the best, all that a plan says is kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.plan.attribution import SPARSE
 from titan_ulysses.plan.cost import Time
-from titan_ulysses.plan.planner import Estimate, Plan, Setup, estimate_plan, make_plan
+from titan_ulysses.plan.planner import Estimate, Plan, Setup, make_plan, summary
 from titan_ulysses.plan.search import value_of, with_settings
 from titan_ulysses.plan.status_line import LINE
 
@@ -104,13 +104,15 @@ class Search:
     """A search for the fastest settings of setup's model, length and GPUs."""
 
     setup: Setup
-    estimate: Callable[[Setup], Estimate] = estimate_plan
+    estimate: Callable[[Setup], Estimate] = make_plan
     tried: dict[tuple, Candidate | None] = field(default_factory=dict)
     """what is known of settings; None: this model or mesh cannot have them"""
     refusal: str = ""
     """why the last settings that were refused cannot be"""
     is_interrupted: bool = False
     """by Ctrl-C, so that what was found until then is not simulated whole"""
+    _best: Candidate | None = None
+    """the best until now that fits, with its plan"""
 
     def run(self) -> list[Candidate]:
         """Return the best candidates that fit, at most five, the fastest first.
@@ -157,7 +159,10 @@ class Search:
                 setup = with_settings(self.setup, settings)
                 same = self.tried.get(_key(_as_it_runs(settings)))
                 found = replace(same.estimate, setup=setup) if same else self.estimate(setup)
-                self.tried[key] = Candidate(settings, found)
+                self.tried[key] = one = Candidate(settings, summary(found))
+                is_best = self._best is None or _order(one) < _order(self._best)
+                if isinstance(found, Plan) and found.fits and is_best:
+                    self._best = replace(one, plan=found)
             except UserError as error:
                 self.tried[key], self.refusal = None, str(error)
         return self.tried[key]
@@ -237,7 +242,7 @@ class Search:
     def _fitting(self) -> list[Candidate]:
         """Return what fits as estimated, each step once, the best first."""
         fitting = [c for c in self.tried.values() if c and c.estimate.fits]
-        fitting.sort(key=lambda c: (_rank(c), _offloads(c.changes)))
+        fitting.sort(key=_order)
         steps: dict[tuple, Candidate] = {}
         for candidate in fitting:
             steps.setdefault(_key(_as_it_runs(candidate.changes)), candidate)
@@ -247,10 +252,12 @@ class Search:
         """Return the best that fit, the first one simulated whole."""
         order, LINE.about = self._fitting(), "the fastest: "
         for at, candidate in enumerate(order):
-            plan = make_plan(candidate.estimate.setup)
+            plan, setup, best = None, candidate.estimate.setup, self._best
+            if best and _as_it_runs(best.changes) == _as_it_runs(candidate.changes):
+                plan = best.plan and replace(best.plan, setup=setup)
+            plan = plan or make_plan(setup)
             if plan.fits:
-                best = replace(candidate, plan=plan)
-                return [best, *order[at + 1 : at + _BEST]]
+                return [replace(candidate, plan=plan), *order[at + 1 : at + _BEST]]
         return []
 
     def nearest(self) -> Candidate | None:
@@ -418,6 +425,11 @@ def _rank(candidate: Candidate) -> tuple[float, float]:
     """Return a key to sort by: what fits comes first, then what needs less memory."""
     estimate = candidate.estimate
     return 1.0 if estimate.fits else _excess(estimate), estimate.seconds_per_token
+
+
+def _order(candidate: Candidate) -> tuple:
+    """Return a key to sort what fits by."""
+    return _rank(candidate), _offloads(candidate.changes)
 
 
 def _excess(estimate: Estimate) -> float:

@@ -7,7 +7,8 @@ the numbers of its layers. What is of no layer, such as the norm of all gradient
 amount with each period.
 
 The result is the simulation of the whole model, to the byte and the FLOP. Where the two models do
-not differ by layers alone, the whole model is simulated.
+not differ by layers alone, the whole model is simulated. What the smaller one tells is kept: of
+another length with the same settings, only the larger one is simulated.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable
 from dataclasses import replace
-from itertools import groupby
+from fractions import Fraction
+from itertools import count, groupby, pairwise
 from math import lcm
 from typing import Any, NamedTuple
 
@@ -25,7 +27,7 @@ from transformers import PreTrainedConfig
 
 from titan_ulysses.model.families import layer_types
 from titan_ulysses.plan.attribution import Owner
-from titan_ulysses.plan.cost import Cost, Tick
+from titan_ulysses.plan.cost import Amount, Cost, Tick
 from titan_ulysses.plan.memory import Allocation, History, Moment
 from titan_ulysses.plan.simulate import Simulation, no_garbage_collection, simulate
 from titan_ulysses.setup.resolve import RunSpec
@@ -34,44 +36,80 @@ _IRREGULAR = ("num_kv_shared_layers",)
 """Numbers of layers at the end of a model that differ from the others."""
 
 
+class _Cut(NamedTuple):
+    """Numbers of layers of two models that stand for all, of which the second has a period more,
+    behind the first `head` layers.
+    """
+
+    few: int
+    more: int
+    head: int
+
+
 def simulate_by_layers(spec: RunSpec, **options: Any) -> Simulation:
     """Do what `simulate` does, with the same arguments, of as few layers as tell all."""
-    few: Simulation | None = None
+    done: dict[int, Simulation] = {}
+
+    def simulated(layers: int) -> Simulation:
+        if layers not in done:
+            done[layers] = simulate(_with_layers(spec, layers), **options)
+        return done[layers]
+
     with no_garbage_collection():
-        for count in layers_to_simulate(spec):
-            more = simulate(_with_layers(spec, count), **options)
+        keys = {_key(spec, cut, options): cut for cut in cuts(spec)}
+        for key in sorted(keys, key=lambda key: key not in _KNOWN):  # those last that failed before
+            cut, known = keys[key], _KNOWN.get(key)
+            more = _Step(simulated(cut.more), cut, known.numbers if known else {})
             try:
-                if few is not None:
-                    return _Longer(spec, few, more).simulation()
+                if known is None or not known.hold_of(more):
+                    known = _Pairs(_Step(simulated(cut.few), cut, more.numbers), more)
+                    _KNOWN.clear()
+                    _KNOWN[key] = known
+                return _Longer(spec, more, known).simulation()
             except _NotAlike:
                 pass
-            few = more
         return simulate(spec, **options)
 
 
-def layers_to_simulate(spec: RunSpec) -> list[int]:
-    """Return numbers of layers of which two that follow each other stand for all; empty where no
-    fewer would do.
+def _key(spec: RunSpec, cut: _Cut, options: dict[str, Any]) -> Hashable:
+    """Return all that a simulation depends on but the length of the sequence."""
+    same = type(spec.config).model_validate(spec.config.model_dump())  # a default -1 becomes -1.0
+    settings = same.model_dump(exclude={"plan": True, "job": True, "training": {"seq_len"}})
+    core = getattr(spec.core, "core", spec.core)
+    return repr((cut, settings, spec.model_config.to_dict(), spec.degrees, core, options))
 
-    Each has a period of layers and checkpoints more than the one before. All have the leading
-    layers that differ from all that follow, as in DeepSeek-V3. Of those, the first has a first
-    checkpoint, a last one, and one between, which streamed blocks that share a checkpoint can do
-    without. Only with a third one, two layers of each kind are in two of them: the first one and
-    the last one of a kind may differ from those between.
+
+def cuts(spec: RunSpec) -> list[_Cut]:
+    """Return pairs of models of which one stands for all layers, those first that are tried first;
+    none where no fewer would do.
+
+    All have the leading layers that differ from all that follow. Of those that follow, there is a
+    first checkpoint, a last one, and one between. Streamed blocks that share a checkpoint can do
+    without the one between, where the inputs of all checkpoints are treated alike: the input of the
+    last one is not copied off the device. Two layers of each kind are in two of more models: the
+    first one and the last one of a kind may differ from those between.
     """
-    model = spec.model_config
+    model, config = spec.model_config, spec.config
     layers = getattr(model, "num_hidden_layers", 0)
     irregular = any(getattr(model, name, None) for name in _IRREGULAR)
     if irregular or getattr(model, "is_heterogeneous", False) or spec.frozen is not None:
         return []
-    every, period, lead = _every(spec), _whole_period(spec), _leading(spec)
-    is_streamed = every > 1 and spec.config.memory.stream_chunk_tokens >= 0
-    least = max((2 if is_streamed else 3) * every, period)
-    # As many are left over as in the whole model.
-    few = lead + least + (layers - lead - least) % period
-    counts = [few, few + period] + [few + 2 * period] * (period > every or is_streamed)
-    is_shorter = counts[0] + counts[1] < layers
-    return [count for count in counts if count < layers] if is_shorter else []
+    every = _every(spec)
+    leading, kinds = _pattern(model)
+    lead = -(-leading // every) * every  # in whole checkpoints
+    copied = config.activation_checkpoint.offload != "none"
+    is_streamed = config.memory.stream_chunk_tokens >= 0 and every > 1
+    least = 2 if is_streamed and (config.memory.stream_offload != "none" or not copied) else 3
+    period = lcm(kinds, every)
+    fewest = lead + max(least * every, period)
+    fewest += (layers - fewest) % period  # as many are left over as in the whole model
+    sizes = range(fewest, layers, period)[: 3 if period > every or least == 2 else 2]
+    if sum(sizes[:2]) >= layers:
+        return []
+    return [
+        _Cut(few, more, lead + (period if few - lead >= 2 * period else every))
+        for few, more in pairwise(sizes)
+    ]
 
 
 def _every(spec: RunSpec) -> int:
@@ -80,18 +118,10 @@ def _every(spec: RunSpec) -> int:
     return checkpoint.every if checkpoint.mode == "full" else 1
 
 
-def _whole_period(spec: RunSpec) -> int:
-    return lcm(_pattern(spec.model_config)[1], _every(spec))
-
-
-def _leading(spec: RunSpec) -> int:
-    """Return how many layers come before those that repeat, in whole checkpoints."""
-    lead, every = _pattern(spec.model_config)[0], _every(spec)
-    return -(-lead // every) * every
-
-
 def _pattern(model: PreTrainedConfig) -> tuple[int, int]:
-    """Return how many layers come first that do not repeat, and after how many the others do."""
+    """Return how many layers come first that do not repeat, as in DeepSeek-V3, and after how many
+    the others do.
+    """
     layers = model.num_hidden_layers
     # Some families have no list of kinds, but places of one kind (bamba).
     lists = [*_lists_by_layer(model, layers).values(), layer_types(model) or [""] * layers]
@@ -147,12 +177,11 @@ class _Step:
     place of long keys.
     """
 
-    def __init__(
-        self, simulation: Simulation, numbers: dict[Hashable, int], *, head: int, tail: int
-    ) -> None:
-        self.simulation, self.memory = simulation, simulation.memory
-        self.layers = simulation.layers
-        self.head, self.tail, self._numbers = head, tail, numbers
+    def __init__(self, simulation: Simulation, cut: _Cut, numbers: dict[Hashable, int]) -> None:
+        self.simulation, self.memory, self.cut = simulation, simulation.memory, cut
+        self.layers, self.head = simulation.layers, cut.head
+        self.tail = cut.head + self.layers - cut.few
+        self.numbers = numbers
         self._names: dict[int, int] = {}
         self.entries = self._entries()
         self.identities = self._identities()
@@ -175,7 +204,7 @@ class _Step:
         return found + ticks[len(events)]
 
     def _number(self, key: Hashable) -> int:
-        return self._numbers.setdefault(key, len(self._numbers))
+        return self.numbers.setdefault(key, len(self.numbers))
 
     def _identities(self) -> dict[int, tuple[int | None, int]]:
         """By the id of an allocation, the layer that allocates it, and what it alone has there: the
@@ -193,9 +222,23 @@ class _Step:
             counts[entry.layer, key] += 1
         return found
 
+    def structure(self) -> list[Hashable]:
+        """Return what all lengths have in common that differ only in sizes and amounts."""
+        found: list[Hashable] = []
+        seen: dict[int, int] = {}
+        for layer, event, tick in self.entries:
+            if tick is not None:
+                found.append((layer, tick.stage, tick.kind))
+                continue
+            one, change = self.memory.events[event]
+            moment = self._without_layer(self.memory.moments[event])
+            number = seen.setdefault(id(one), len(seen))
+            found.append((layer, number, one.component, one.place, moment, change > 0))
+        return found
+
     def comparable(self, entry: _Entry) -> Hashable:
         """Return what entries of two steps have in common if they are the same."""
-        place = self._place(entry.layer)
+        place = self.place(entry.layer)
         if (tick := entry.tick) is not None:
             return place, tick.stage, tick.kind, None if place is None else tick.amount
         one, change = self.memory.events[entry.event]
@@ -204,18 +247,35 @@ class _Step:
         size = change > 0 if layer is None else change
         return place, identity, one.component, one.place, moment, size
 
+    def growing(self, entry: _Entry) -> tuple[Amount, ...]:
+        """Return what may be more in a model of more layers, because it is of none: the amount, and
+        the shape.
+        """
+        if entry.tick is not None:
+            return (entry.tick.amount,) if entry.layer is None else ()
+        one, change = self.memory.events[entry.event]
+        return (change, *one.shape) if self.identities[id(one)][0] is None else ()
+
     def uses(self, entry: _Entry) -> tuple[int | None, int | None]:
         """Return the layer that allocates what an event is of: how many it is after the event's,
         and its place.
         """
+        if entry.tick is not None:
+            return None, None
         layer, _ = self.identities[id(self.memory.events[entry.event][0])]
         after = None if layer is None or entry.layer is None else layer - entry.layer
-        return after, self._place(layer)
+        return after, self.place(layer)
 
-    def _place(self, layer: int | None) -> int | None:
+    def place(self, layer: int | None) -> int | None:
         if layer is None or not self.is_tail(layer):
             return layer
         return layer - self.layers
+
+    def collectives(self) -> tuple[dict, dict[str, tuple[int, int]]]:
+        """Return those of the layers that the smaller model has too, and those of no layer."""
+        of = self.simulation.collectives_of
+        own = {self.place(k): n for k, n in of.items() if n and not self.is_between(k)}
+        return own, own.pop(None, {})
 
     def _without_layer(self, moment: Moment) -> int:
         if (found := self._names.get(id(moment))) is None:
@@ -227,143 +287,169 @@ class _Step:
         return found
 
 
-class _Longer:
-    """The simulation of all layers of a model, from two with few."""
+class _Pairs:
+    """What a model with few layers tells about the entries of one with more that both have."""
 
-    def __init__(self, spec: RunSpec, few: Simulation, more: Simulation) -> None:
-        self.period = more.layers - few.layers
-        # Periods are inserted behind the first one, in which is the first layer of each kind.
-        lead = _leading(spec)
-        head = lead + (self.period if few.layers - lead >= 2 * self.period else _every(spec))
-        self.times = (spec.model_config.num_hidden_layers - few.layers) // self.period
-        """how many periods all layers have more than the few"""
-        numbers: dict[Hashable, int] = {}
-        self.few = _Step(few, numbers, head=head, tail=head)
-        self.more = _Step(more, numbers, head=head, tail=head + self.period)
+    def __init__(self, few: _Step, more: _Step) -> None:
+        own = [entry for entry in more.entries if not more.is_between(entry.layer)]
+        if len(own) != len(few.entries):
+            raise _NotAlike
+        for mine, its in zip(own, few.entries, strict=True):
+            if more.comparable(mine) != few.comparable(its):
+                raise _NotAlike
+        self.numbers, self._structure = more.numbers, more.structure()
+        self.uses = [few.uses(entry) for entry in few.entries]
+        self._amounts = [more.growing(entry) for entry in own]
+        self.growth = [
+            _minus(a, few.growing(b)) for a, b in zip(self._amounts, few.entries, strict=True)
+        ]
+        (of_layers, alone), (all_of_layers, self._alone) = few.collectives(), more.collectives()
+        if of_layers != all_of_layers:
+            raise _NotAlike
+        self.alone = {k: _minus(n, alone.get(k, (0, 0))) for k, n in self._alone.items()}
+        self.flops = more.simulation.flops_per_token - few.simulation.flops_per_token
+
+    def hold_of(self, more: _Step) -> bool:
+        """Return whether they hold of the same model with another length of the sequence too.
+
+        Sizes that grow with the layers must not depend on the length.
+        """
+        if more.structure() != self._structure:
+            return False
+        own = (more.growing(entry) for entry in more.entries if not more.is_between(entry.layer))
+        alone = more.collectives()[1]
+        both = [*zip(own, self._amounts, self.growth, strict=True)]
+        both += [(alone.get(k), self._alone[k], growth) for k, growth in self.alone.items()]
+        return all(a == b for a, b, growth in both if any(growth))
+
+
+def _minus(more: tuple, few: tuple) -> tuple:
+    if len(more) != len(few):
+        raise _NotAlike
+    return tuple(a - b for a, b in zip(more, few, strict=True))
+
+
+_KNOWN: dict[Hashable, _Pairs] = {}
+"""The latest pairs: a search goes from one length to the next of the same settings."""
+
+
+class _Longer:
+    """The simulation of all layers of a model, from one with few and what pairs of layers tell."""
+
+    def __init__(self, spec: RunSpec, more: _Step, pairs: _Pairs) -> None:
+        self.spec, self.more, self.pairs = spec, more, pairs
+        self.period = more.tail - more.head
+        further = spec.model_config.num_hidden_layers - more.layers
+        self.times = further // self.period + 1
+        """how often the layers between are there"""
         self.memory, self.ticks = History(), list[Tick]()
         self._made: dict[tuple[int | None, int], Allocation] = {}
         self._moments: dict[tuple[int, int], Moment] = {}
         self._owners: dict[tuple[Owner, int], Owner] = {}
 
     def simulation(self) -> Simulation:
-        few, more = self.few.simulation, self.more.simulation
+        more = self.more.simulation
         start = self._write()
+        costs = Counter[tuple[str, str]]()
+        for tick in self.ticks:
+            costs[tick.stage, tick.kind] += tick.amount  # type: ignore[assignment]
+        times = Fraction(self.spec.degrees.accumulation_steps, more.batches)
+        cost = Cost(Counter({k: times * n for k, n in costs.items() if k[1] != "exchange"}))
+        flops = self._at_all(more.flops_per_token, self.pairs.flops)
+        collectives = {None: self._collectives()}
         return Simulation(
-            self.memory,
-            start,
-            {
-                kind: (self._at_all(of[0], both[0]), self._at_all(of[1], both[1]))
-                for kind, both in more.collectives.items()
-                for of in [few.collectives.get(kind, (0, 0))]
-            },
-            Cost(
-                Counter(
-                    {
-                        key: self._at_all(few.cost.amounts[key], amount)
-                        for key, amount in more.cost.amounts.items()
-                    }
-                )
-            ),
-            self.ticks,
-            more.batches,
-            self._at_all(few.flops_per_token, more.flops_per_token),
-            more.model,
+            self.memory, start, collectives, cost, self.ticks, more.batches, flops, more.model
         )
 
-    def _at_all(self, few: Any, more: Any) -> Any:
+    def _at_all(self, more: Any, growth: Any) -> Any:
         """Return an amount for all layers: each period adds the same."""
-        return more + (self.times - 1) * (more - few)
+        return more + (self.times - 1) * growth
+
+    def _collectives(self) -> dict[str, tuple[int, int]]:
+        totals: defaultdict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
+        for layer, counts in self.more.simulation.collectives_of.items():
+            times = self.times if self.more.is_between(layer) else 1
+            for kind, own in counts.items():
+                growth = self.pairs.alone[kind] if layer is None else (0, 0)
+                calls, size = map(self._at_all, own, growth)
+                before = totals[kind]
+                totals[kind] = before[0] + times * calls, before[1] + times * size
+        return dict(totals)
 
     def _write(self) -> int:
         """Write events and ticks. Returns the step's first event."""
-        parts = [
-            [*group]
-            for _, group in groupby(self.more.entries, lambda x: self.more.is_between(x.layer))
-        ]
-        own = [part for part in parts if not self.more.is_between(part[0].layer)]
-        if sum(map(len, own)) != len(self.few.entries):
-            raise _NotAlike
-        start, partners = None, iter(self.few.entries)
-        for at, entries in enumerate(parts):
-            if self.more.is_between(entries[0].layer):
-                before, after = parts[max(0, at - 1)][-1], parts[(at + 1) % len(parts)][0]
-                for time in self._order(entries, before.layer, after.layer):
-                    for entry in entries:
-                        self._repeat(entry, time * self.period)
-                continue
-            for entry in entries:
-                partner = next(partners)
-                if self.more.comparable(entry) != self.few.comparable(partner):
-                    raise _NotAlike
-                if start is None and entry.event >= self.more.simulation.start:
-                    start = len(self.memory.events)
-                is_tail = self.more.is_tail(entry.layer)
-                self._repeat(entry, (self.times - 1) * self.period if is_tail else 0, partner)
+        more, pair, start, end = self.more, count(), None, 0
+        for is_between, group in groupby(more.entries, lambda x: more.is_between(x.layer)):
+            entries = [*group]
+            first, end = end, end + len(entries)
+            for time in self._order(first, end) if is_between else [self.times - 1]:
+                for entry in entries:
+                    if start is None and entry.event >= more.simulation.start:
+                        start = len(self.memory.events)
+                    is_shifted = is_between or more.is_tail(entry.layer)
+                    shift = time * self.period if is_shifted else 0
+                    self._repeat(entry, shift, None if is_between else next(pair))
         return start or 0
 
-    def _order(self, entries: list[_Entry], before: int | None, after: int | None) -> range:
-        """Return the order of periods: that of the layers in a period, or around it. In backward,
-        and where the members of a list are released, the last layer is the first.
+    def _order(self, first: int, end: int) -> range:
+        """Return the order of periods: that of the layers around one, or in it. In backward, and
+        where the members of a list are released, the last layer is the first.
         """
-        own = [entry.layer for entry in entries if entry.layer is not None]
+        entries = self.more.entries
+        own = [entry.layer for entry in entries[first:end]]
+        before, after = entries[max(0, first - 1)].layer, entries[end % len(entries)].layer
         inside = [layer for layer in own if layer != own[0]]
         around = [layer for layer in (before, *own, after) if layer is not None]
-        first, last = (own[0], inside[-1]) if inside else (around[0], around[-1])
-        return range(self.times)[:: 1 if first < last else -1]
+        one, other = (own[0], inside[-1]) if inside else (around[0], around[-1])
+        if None not in (before, after) and before != after:
+            one, other = before, after
+        return range(self.times)[:: 1 if one < other else -1]
 
-    def _repeat(self, entry: _Entry, shift: int, partner: _Entry | None = None) -> None:
-        """Write an entry, of a layer whose number is higher by shift. partner: the same entry of
-        the model with few layers.
+    def _repeat(self, entry: _Entry, shift: int, pair: int | None) -> None:
+        """Write an entry, of a layer whose number is higher by shift. pair: the number of the pair,
+        if the model with few layers has it too.
         """
+        more = self.more
+        number = None if entry.layer is None else entry.layer + shift
+        growth = () if pair is None else self.pairs.growth[pair]
         if (tick := entry.tick) is not None:
-            amount = tick.amount
-            if partner is not None and entry.layer is None:
-                amount = self._at_all(partner.tick.amount, amount)
-            layer = None if tick.layer is None else tick.layer + shift
+            amount = self._at_all(tick.amount, *growth) if growth else tick.amount
             event = len(self.memory.events)
-            self.ticks.append(Tick(event, tick.stage, tick.kind, amount, layer))
+            self.ticks.append(Tick(event, tick.stage, tick.kind, amount, number))
             return
-        one, change = self.more.memory.events[entry.event]
-        layer, identity = self.more.identities[id(one)]
-        shift_of = shift
-        if layer is None:
-            if partner is None:
+        one, change = more.memory.events[entry.event]
+        maker, identity = more.identities[id(one)]
+        if maker is None:
+            if not growth:
                 raise _NotAlike  # each layer would release it
-            of_few, of_few_change = self.few.memory.events[partner.event]
-            change = self._at_all(of_few_change, change)
-            found: Allocation | None = self._made.get((None, identity))
-            found = self._made[None, identity] = found or self._without_number(of_few, one)
+            change = self._at_all(change, growth[0])
+            found = self._made.get((None, identity))
+            if found is None:
+                shape = tuple(map(self._at_all, one.shape, growth[1:]))
+                found = self._made[None, identity] = replace(one, shape=shape)
         else:
-            if partner is not None:
-                shift_of = self._shift_of(entry, partner, layer, shift)
-            key = layer + shift_of, identity
+            of_maker = shift if pair is None else self._shift_of(entry, maker, pair, shift)
+            key = maker + of_maker, identity
             found = self._made.get(key)
             if found is None:
                 if change < 0:
                     raise _NotAlike
-                found = self._made[key] = self._numbered(one, shift_of)
-        at = self.more.memory.layers[entry.event]
-        self.memory.layers.append(None if at is None else at + shift)
+                found = self._made[key] = self._numbered(one, of_maker)
+        self.memory.layers.append(None if more.memory.layers[entry.event] is None else number)
         self.memory.events.append((found, change))
-        self.memory.moments.append(self._moment(self.more.memory.moments[entry.event], shift))
+        self.memory.moments.append(self._moment(more.memory.moments[entry.event], shift))
 
-    def _shift_of(self, entry: _Entry, partner: _Entry, layer: int, shift: int) -> int:
+    def _shift_of(self, entry: _Entry, maker: int, pair: int, shift: int) -> int:
         """Return by how much the number of the layer is higher that allocates what an event is of.
 
         It is as far from the event's layer in both models, or from an end of the model.
         """
-        (after, place), of_few = self.more.uses(entry), self.few.uses(partner)
+        (after, place), of_few = self.more.uses(entry), self.pairs.uses[pair]
         if after is not None and after == of_few[0]:
             return shift
         if place != of_few[1]:
             raise _NotAlike
-        return (self.times - 1) * self.period if self.more.is_tail(layer) else 0
-
-    def _without_number(self, few: Allocation, more: Allocation) -> Allocation:
-        """Return an allocation of no layer: its shape grows with their number."""
-        if len(few.shape) != len(more.shape):
-            raise _NotAlike
-        return replace(more, shape=tuple(map(self._at_all, few.shape, more.shape)))
+        return (self.times - 1) * self.period if self.more.is_tail(maker) else 0
 
     def _numbered(self, one: Allocation, shift: int) -> Allocation:
         label, layer = one.label, one.layer

@@ -342,7 +342,8 @@ class Plan(Estimate):
         """
         setup, simulation = self.setup, self.simulation
         exchange = setup.links.exchange_seconds(1.0, setup.gpu)
-        rates = setup.rates | {"exchange": 1 / exchange if exchange else inf}
+        rate = 1 / exchange if exchange else inf
+        rates = setup.rates | {"exchange": rate, SEQUENCE_GATHERS: rate}
         share = simulation.batches / setup.degrees.accumulation_steps
         return clock(simulation.ticks, self.time, rates=rates, share=share)
 
@@ -449,7 +450,11 @@ def estimate_plan(setup: Setup) -> Estimate:
 
     UserError as `make_plan`.
     """
-    plan = make_plan(setup)
+    return summary(make_plan(setup))
+
+
+def summary(plan: Estimate) -> Estimate:
+    """Return what settings are compared by, of a plan."""
     return Estimate(**{one.name: getattr(plan, one.name) for one in fields(Estimate)})
 
 

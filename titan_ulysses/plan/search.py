@@ -23,7 +23,9 @@ from titan_ulysses.config.validate import MeshDegrees
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import chunk_length
 from titan_ulysses.memory.tiled import Tiled
+from titan_ulysses.plan.memory import Allocation
 from titan_ulysses.plan.planner import Estimate, Plan, Setup, estimate_plan, make_plan, on_host
+from titan_ulysses.plan.status_line import LINE
 
 _UNIT = 256
 """Lengths are multiples of this many tokens per rank."""
@@ -41,6 +43,8 @@ _MAX_UNVERIFIED_EXTRAPOLATION = 4
 """The same factor for a length that is only estimated, not simulated."""
 _SHARED = 4
 """How many blocks share a checkpoint in the last steps of the ladder."""
+_FIXED = ("parameters", "gradients", "optimizer state", "optimizer", "gathered parameters")
+"""Components whose size does not depend on the length."""
 _CLOSE = 0.02
 """An estimated length is not planned if one was planned that differs by at most this share."""
 _MOST_LENGTHS = 8
@@ -83,13 +87,15 @@ def limit(setup: Setup, a: Estimate, b: Estimate) -> int:
     unit = _UNIT * setup.degrees.sequence
     lengths = []
     of_gpu = [(a.gpu_bytes, b.gpu_bytes)]
+    of_host = [(setup.host_memory or inf, a.host_bytes, b.host_bytes)]
     if isinstance(a, Plan) and isinstance(b, Plan):
         lower, higher = _by_moment(a), _by_moment(b)
         of_gpu = [(lower[kind], higher[kind]) for kind in lower.keys() & higher.keys()]
-        lengths.append(_limit_of_buffers(setup, a, b))
+        if limit_of_buffers := _limit_of_buffers(setup, a, b):
+            lengths, of_host = [limit_of_buffers], []  # a line through rounded sizes is not as good
     for memory, low, high in (
         *((setup.gpu_memory, *both) for both in of_gpu),
-        (setup.host_memory or inf, a.host_bytes, b.host_bytes),
+        *of_host,
         (setup.disk or inf, a.disk_bytes, b.disk_bytes),
     ):
         slope = (high - low) / (b.seq_len - a.seq_len)
@@ -120,24 +126,42 @@ def _by_moment(plan: Plan) -> dict[tuple, float]:
     return highest
 
 
-def _limit_of_buffers(setup: Setup, a: Plan, b: Plan) -> float:
+def _limit_of_buffers(setup: Setup, a: Plan | None, b: Plan) -> int | None:
     """Return the length up to which a node's host memory has room for its buffers: the size of each
-    is on a line through a and b, and rounded up. Infinite where the two do not have the same ones.
+    is on a line through a and b, and rounded up. None where the two do not have the same ones.
+
+    Without a, sizes are proportional to the length but for those of parameters and their kind.
     """
-    low, high = (
-        one.simulation.memory.peak("host", first=one.simulation.start).alive for one in (a, b)
-    )
+    high = _on_host(b)
+    low = _on_host(a) if a else {x: n * (x.component in _FIXED) for x, n in high.items()}
     kinds = ([(x.component, x.label, x.made[:3]) for x in alive] for alive in (low, high))
     if next(kinds) != next(kinds) or not setup.host_memory:
-        return inf
+        return None
     most, unit = setup.host_memory / setup.ranks_per_node, _UNIT * setup.degrees.sequence
+    start = a.seq_len if a else 0
 
     def is_too_long(units: int) -> bool:
-        share = (units * unit - a.seq_len) / (b.seq_len - a.seq_len)
+        share = (units * unit - start) / (b.seq_len - start)
         sizes = zip(low.items(), high.values(), strict=True)
         return sum(on_host(x, max(0, round(n + share * (m - n)))) for (x, n), m in sizes) > most
 
     return unit * bisect_left(range(1, _MAX_TOKENS // unit + 1), True, key=is_too_long)
+
+
+def _on_host(plan: Plan) -> dict[Allocation, int]:
+    return plan.simulation.memory.peak("host", first=plan.simulation.start).alive
+
+
+def _guess(plan: Plan) -> int:
+    """Return about which length fits, from a single one: all memory is taken to grow with it but
+    that of parameters and their kind.
+    """
+    setup, peak = plan.setup, plan.peak.components
+    fixed = plan.gpu_bytes - sum(n for name, n in peak.items() if name not in _FIXED)
+    room = max(0.0, setup.gpu_memory - fixed) / max(1.0, plan.gpu_bytes - fixed)
+    of_host = _limit_of_buffers(setup, None, plan) or inf
+    unit = _UNIT * setup.degrees.sequence
+    return max(unit, int(min(room * plan.seq_len, of_host, _MAX_TOKENS)) // unit * unit)
 
 
 def is_unlimited(setup: Setup, seq_len: int) -> bool:
@@ -208,22 +232,28 @@ def longest(
     first: Plan | None = None,
     *,
     near: int = 0,
+    longer: bool = False,
     close: float = 0.0,
     simulations: int = 6,
     plan: Callable[[Setup], Plan] = make_plan,
 ) -> Plan | None:
     """Find the longest sequence that fits, and simulate it; None where none fits.
 
-    first: a plan at any length. near: the length to begin with where there is no such plan. close:
-    the share of its length by which the result may be too short. plan: what makes a plan. Where
-    memory does not limit the length, the result is the length at which the search ends (see
-    `is_unlimited`).
+    first: a plan at any length. near: the length to begin with where there is no such plan. longer:
+    search nothing shorter than it. close: the share of its length by which the result may be too
+    short. plan: what makes a plan. Where memory does not limit the length, the result is the length
+    at which the search ends (see `is_unlimited`).
     """
     unit = _UNIT * setup.degrees.sequence
     if first is None:
         first = plan(at_length(setup, max(unit, near // unit * unit or 64 * unit)))
-    own = first.seq_len
-    other = max(unit, own // 2 // unit * unit)
+    own, other = first.seq_len, min(_guess(first), _MAX_EXTRAPOLATION * first.seq_len)
+    if longer and not first.fits_in_time:
+        return None
+    if (
+        abs(other - own) < _CLOSE * own or setup.config.plan.max_step_seconds
+    ):  # no line, or no guess
+        other = max(unit, own // 2 // unit * unit)
     known = [first, plan(at_length(setup, other if other != own else 2 * own))]
     for _ in range(simulations):
         known.sort(key=_length)
@@ -326,13 +356,21 @@ def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
 
 
 def _longest_with(
-    what: str, setup: Setup, changes: dict[str, Any], *, near: SearchResult | None = None
+    what: str,
+    setup: Setup,
+    changes: dict[str, Any],
+    *,
+    near: SearchResult | None = None,
+    longer: bool = False,
 ) -> SearchResult:
     length = near.plan.seq_len if near and near.plan else 0
+    LINE.about = f"{what.strip()}: "
     try:
-        plan = longest(with_settings(setup, changes), near=length, close=_TOLERANCE)
+        plan = longest(with_settings(setup, changes), near=length, longer=longer, close=_TOLERANCE)
     except UserError as error:
         return SearchResult(what, changes, None, refused=str(error))
+    finally:
+        LINE.about = ""
     return SearchResult(what, changes, plan)
 
 
@@ -342,9 +380,13 @@ def _fewer_checkpoints(setup: Setup, found: SearchResult) -> Iterator[SearchResu
     # What limits the length is the host: a search ends closer to a limit than 2 %.
     room = 0.98 * (setup.host_memory or inf)
     while found.plan and found.plan.host_bytes > room and 2 * every <= layers:
+        is_streamed = found.plan.setup.config.memory.stream_offload != "none"
+        if is_streamed and 2 * every**2 >= layers:
+            return  # as many inputs, of all checkpoints and of the blocks of one: layers / k + k
         every *= 2
         changes = found.changes | {"activation_checkpoint.every": every}
-        other = _longest_with(f"    {every} blocks a checkpoint", setup, changes, near=found)
+        what = f"    {every} blocks a checkpoint"
+        other = _longest_with(what, setup, changes, near=found, longer=True)
         if other.plan is None or other.plan.seq_len <= found.plan.seq_len:
             return
         yield (found := other)

@@ -13,7 +13,7 @@ with its source.
 from __future__ import annotations
 
 import gc
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack, contextmanager
@@ -73,8 +73,8 @@ class Simulation:
     """index of the step's first event in `memory.events`; before it are those of what is alive when
     the step begins
     """
-    collectives: dict[str, tuple[int, int]]
-    """(calls, bytes of their inputs) of a whole step, by kind"""
+    collectives_of: dict[int | None, dict[str, tuple[int, int]]]
+    """(calls, bytes of their inputs) of a whole step, by layer (None: of no layer) and kind"""
     cost: Cost
     """the cost of a whole step"""
     ticks: list[Tick]
@@ -85,6 +85,16 @@ class Simulation:
     """of the model, as the trainer counts them, see `metrics.flops_per_token`"""
     model: PreTrainedModel = field(repr=False)
     """the model that was simulated, which may have fewer layers than the run's, see `layers.py`"""
+
+    @property
+    def collectives(self) -> dict[str, tuple[int, int]]:
+        """(calls, bytes of their inputs) of a whole step, by kind"""
+        totals = Counter(), Counter()
+        for counts in self.collectives_of.values():
+            for kind, both in counts.items():
+                for total, n in zip(totals, both, strict=True):
+                    total[kind] += n
+        return {kind: (calls, totals[1][kind]) for kind, calls in totals[0].items()}
 
     @property
     def layers(self) -> int:
@@ -384,8 +394,14 @@ class _Rank:
             tracker.forget_released()
             start = len(tracker.events)
             costs.reset()
-            counter = CollectiveCounter(weight=lambda: tracker.weight)
-            tracker.observers = [costs, counter.count, self.show_progress]
+            counters = defaultdict[int | None, CollectiveCounter](
+                partial(CollectiveCounter, weight=lambda: tracker.weight)
+            )
+
+            def count(func, args: tuple, *_, counters=counters) -> None:
+                counters[tracker.layer].count(func, args)
+
+            tracker.observers = [costs, count, self.show_progress]
             with override_parts(tracker.shortened):
                 train_step(
                     model,
@@ -396,11 +412,14 @@ class _Rank:
                     skip_nonfinite=training.skip_nonfinite > 0,
                     loss=loss,
                 )
-            counts.append(dict(counter.counts))
+            counts.append({layer: dict(one.counts) for layer, one in counters.items()})
         tracker.recording = False  # the releases that follow are not part of the step
         collectives = counts[0]
         if accumulation > few:
-            collectives = _extrapolated(*counts, more=accumulation - few)
+            collectives = {
+                layer: _extrapolated(counts[0].get(layer, {}), of_layer, more=accumulation - few)
+                for layer, of_layer in counts[1].items()
+            }
         times = Fraction(accumulation, len(run))
         cost = Cost(Counter({key: times * n for key, n in costs.cost.amounts.items()}))
         flops = flops_per_token(model)
