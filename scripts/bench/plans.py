@@ -300,10 +300,9 @@ def experts() -> Made:
     return Made(rows, [])
 
 
-GLM_5 = {"model_type": "glm_moe_dsa"}
-DEEPSEEK_V32 = {"model_type": "deepseek_v32"}
-"""transformers' defaults are the numbers of zai-org/GLM-5 and deepseek-ai/DeepSeek-V3.2-Exp."""
 SPARSE = {
+    # transformers' defaults are the numbers of deepseek-ai/DeepSeek-V3.2-Exp.
+    "model.config": {"model_type": "deepseek_v32"},
     "lora.rank": 16,
     "lora.quantize_base": "nf4",
     "lora.target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
@@ -317,24 +316,30 @@ SPARSE = {
 
 def indexers() -> Made:
     """QLoRA of whole models with learned sparse attention."""
-    rows = []
+    rows, sentences = [], []
     for gpus, gpu in ((8, "H200"), (32, "H100-80GB")):
-        for model, config in (("DeepSeek-V3.2, 671B", DEEPSEEK_V32), ("GLM-5, 744B", GLM_5)):
-            settings = {"model.config": config, "plan.gpu": gpu, "plan.world_size": gpus}
-            plan = planned(QWEN, SPARSE | settings)
-            parts = plan.time.parts
-            rows.append(
-                [
-                    model,
-                    f"{gpus} x {gpu}",
-                    gib(plan.gpu_bytes) if plan.fits else f"{gib(plan.gpu_bytes)}: does not fit",
-                    time_text(parts["indexer"]),
-                    time_text(parts["sparse attention"]),
-                    time_text(plan.time.seconds),
-                ]
+        plan = planned(QWEN, SPARSE | {"plan.gpu": gpu, "plan.world_size": gpus})
+        parts, peak = plan.time.parts, plan.peak.components
+        if not sentences:
+            sentences.append(
+                f"docs/models-and-cores.md: {gib(peak['parameters'])} are a GPU's part of "
+                f"weights and adapters, {gib(peak['gathered parameters'])} the gathered "
+                f"weights of one layer, {gib(peak['checkpoints'])} inputs of blocks, "
+                f"{gib(peak['sparse attention'])} pairs and chosen keys of sparse attention, "
+                f"{gib(peak['indexer'])} scores of the indexer."
             )
-            print(" | ".join(rows[-1]), flush=True)
-    return Made(rows, [])
+        rows.append(
+            [
+                "DeepSeek-V3.2, 671B",
+                f"{gpus} x {gpu}",
+                gib(plan.gpu_bytes) if plan.fits else f"{gib(plan.gpu_bytes)}: does not fit",
+                time_text(parts["indexer"]),
+                time_text(parts["sparse attention"]),
+                time_text(plan.time.seconds),
+            ]
+        )
+        print(" | ".join(rows[-1]), flush=True)
+    return Made(rows, sentences)
 
 
 class Table(NamedTuple):
