@@ -501,6 +501,11 @@ def test_other_indexers_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> 
     class OtherIndexer(torch.nn.Module):
         """Without what DeepSeek-V3.2's has."""
 
+    blocks = "minimax_m3_vl_text"  # it says how its indexer chooses, too
+    if blocks in CONFIG_MAPPING:
+        config = CONFIG_MAPPING[blocks](num_hidden_layers=1, layer_types=["minimax_m3_sparse"])
+        with pytest.raises(UserError, match="chooses blocks of keys, others for each KV head"):
+            check_family(config)
     config = hf.load_model_config("", model_of("deepseek_v32"))
     check_family(config)
     model = hf.build_on_meta(config, torch.float32)

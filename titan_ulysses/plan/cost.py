@@ -133,7 +133,9 @@ class CostCounter:
         """Return the kind and the amount of an operation's cost."""
         kind = _counted_as(func)
         if kind == "moved":
-            values = (args, kwargs) if func._opname in _OVERWRITE else (args, kwargs, result)
+            values: tuple = (args, kwargs)
+            if func._opname not in _OVERWRITE:
+                values = args, kwargs, result
             if func._opname in _READ_ROWS:
                 values = result, args[1:], kwargs, result
             elif func._opname == "index_add_":  # rows are read, added to and written
@@ -339,19 +341,22 @@ def step_time(
     both = forward + backward
     waits = {name: max(0.0, s - computed.get(name, both)) for name, s in hidden.items()}
     parts = {
-        "matmul": sum(s for (_, kind), s in seconds.items() if kind == "matmul"),
-        **{
-            part: sum(s for (_, kind), s in seconds.items() if kind.startswith(f"{part}: "))
-            for part in SPARSE
-            if any(kind.startswith(f"{part}: ") for _, kind in seconds)
-        },
-        "attention": sum(s for (_, kind), s in seconds.items() if kind.startswith("attention")),
-        "other kernels": sum(s for (_, kind), s in seconds.items() if kind == "other kernels"),
+        **_by_part(seconds),
         "exchange": exchange,
         "parameters to the GPU": to_gpu if links.world == 1 else 0.0,
         "offloaded optimizer": _update_seconds(on_host, gpu, links.ranks_per_node),
     }
     return Time(parts, hidden, waits)
+
+
+def _by_part(seconds: Mapping[tuple[str, str], float]) -> dict[str, float]:
+    """Return the seconds of kernels, by component of `SPARSE` or by kind."""
+    found = dict.fromkeys(("matmul", "attention", "other kernels"), 0.0)
+    for (_, kind), s in seconds.items():
+        part = kind.partition(": ")[0]
+        part = "attention" if part.startswith("attention ") else part
+        found[part] = found.get(part, 0.0) + s
+    return found
 
 
 def _update_seconds(on_host: Mapping[str, float], gpu: GPU, ranks: int) -> float:
