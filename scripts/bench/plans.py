@@ -257,7 +257,7 @@ TABLES = {
     ),
     "indexers": Table(
         "docs/models-and-cores.md",
-        "| GPUs | a GPU | weights | gathered | inputs of blocks | indexers | sparse attention | a step |",
+        "| GPUs | a GPU | weights | gathered | blocks' inputs | indexers | attention | a step |",
         indexers,
     ),
     "hour": Table("docs/streaming.md", "| kernel | tokens | a step | host GiB |", hour),

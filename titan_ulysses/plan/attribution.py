@@ -15,27 +15,6 @@ from titan_ulysses.memory.loss_head import LossHead
 from titan_ulysses.model.families import mlp_layout
 from titan_ulysses.ulysses.linear_attention import is_linear_attention
 
-COMPONENTS = (
-    "parameters",
-    "gathered parameters",
-    "gradients",
-    "optimizer state",
-    "checkpoints",
-    "attention",
-    "linear attention",
-    "indexer",
-    "sparse attention",
-    "MLP",
-    "norm",
-    "loss head",
-    "optimizer",
-    "other",
-)
-"""The purposes that memory can have. "optimizer" is what the optimizer's step needs besides its
-state; "other" is the embedding, residuals and inputs.
-"""
-
-
 SPARSE = ("indexer", "sparse attention")
 """The components of learned sparse attention: an indexer with its scores, and the core that reads
 what it chose.

@@ -159,8 +159,11 @@ class MemoryTracker(History, TorchDispatchMode):
         if func is _WAIT:
             # It returns its argument. On fake tensors it would make a new tensor.
             return args[0]
-        if FakeTensor not in types and (_is_apart(func) or _is_real(types, args, kwargs)):
-            # Real tensors, such as the state of a random number generator, stay real.
+        if FakeTensor not in types and (
+            func is _PROMOTE or func.namespace == "profiler" or _is_real(types, args, kwargs)
+        ):
+            # Real tensors, such as the state of a random number generator, stay real. The others
+            # neither take nor make a tensor.
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func is _SCALAR:
@@ -417,7 +420,7 @@ def creating_functions() -> tuple[str, ...]:
     """
     found: list[str] = []
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    while frame is not None and len(found) < _MAKERS:
         code = frame.f_code
         # By id, because the hash of a code object is that of all that it consists of.
         known = _known_makers.get(id(code))
@@ -428,8 +431,6 @@ def creating_functions() -> tuple[str, ...]:
                 break
             if name not in found:
                 found.append(name)
-                if len(found) == _MAKERS:
-                    break
         frame = frame.f_back
     return tuple(found)
 
@@ -469,11 +470,6 @@ def _are_plain(types: frozenset[type] | tuple[type, ...]) -> bool:
         or getattr(t, "__torch_dispatch__", None) is torch._C._disabled_torch_dispatch_impl
         for t in types
     )
-
-
-def _is_apart(func) -> bool:
-    """Return whether func neither takes nor makes a tensor."""
-    return func is _PROMOTE or func.namespace == "profiler"
 
 
 def _is_real(types, args, kwargs) -> bool:

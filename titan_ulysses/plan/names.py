@@ -28,8 +28,9 @@ COMPONENT_NAMES = {
     "other": "hidden states, embedding, inputs",
     "fragmentation": "fragmentation (3 %, assumed)",
 }
-"""Names of components (by their key) for the user. A component without an entry is named by its
-key.
+"""Names for the user of the purposes that memory can have, by their key. "optimizer" is what the
+optimizer's step needs besides its state; "other" is the embedding, residuals and inputs. A
+component without an entry is named by its key.
 """
 
 _PHASES = {
@@ -47,9 +48,7 @@ _KERNELS = {
     f"{_FLASH}_backward": "flash attention's backward",
     "all_to_all_single": "the exchange (all-to-all)",
     "_log_softmax": "log-softmax",
-    "mm": "a matrix product",
-    "addmm": "a matrix product",
-    "bmm": "a matrix product",
+    **dict.fromkeys(("mm", "addmm", "bmm"), "a matrix product"),
     "_scaled_mm": "a float8 matrix product",
     "_to_copy": "a change of dtype",
     "clone": "a copy",

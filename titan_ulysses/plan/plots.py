@@ -12,8 +12,7 @@ import numpy as np
 
 from titan_ulysses.observability.pictures import COLORS, picture
 from titan_ulysses.observability.units import size_text, time_text, time_unit_of, unit_of
-from titan_ulysses.plan.attribution import COMPONENTS
-from titan_ulysses.plan.names import component_name
+from titan_ulysses.plan.names import COMPONENT_NAMES, component_name
 from titan_ulysses.plan.planner import Plan
 from titan_ulysses.plan.search import SearchResult
 from titan_ulysses.plan.searches import what_ends
@@ -89,7 +88,7 @@ def timeline(plan: Plan, *paths: Path | IO[str]) -> None:
     setup, line = plan.setup, timeline_of(plan)
     unit, unit_name = unit_of(line.peak[1])
     time_unit, time_name = time_unit_of(line.ends[-1])
-    present = [name for name in COMPONENTS if any(column[name] for column in line.alive)]
+    present = [name for name in COMPONENT_NAMES if any(column[name] for column in line.alive)]
     heights = np.array([[column[name] / unit for column in line.alive] for name in present])
     ends = np.array([0.0, *line.ends]) / time_unit
     when, peak = line.peak[0] / time_unit, line.peak[1] / unit
@@ -100,7 +99,7 @@ def timeline(plan: Plan, *paths: Path | IO[str]) -> None:
         stacked = np.concatenate([heights[:, :1], heights], axis=1)
         names = [component_name(name) for name in present]
         # Each component has its colour, whatever others there are.
-        colors = [colormaps["tab20"](COMPONENTS.index(name)) for name in present]
+        colors = [colormaps["tab20"]([*COMPONENT_NAMES].index(name)) for name in present]
         axes.stackplot(ends, stacked, labels=names, colors=colors, linewidth=0, step="pre")
         axes.set(
             xlim=(0, ends[-1]),
@@ -136,18 +135,11 @@ def timeline(plan: Plan, *paths: Path | IO[str]) -> None:
 
 def _mark(axes: Any, line: Timeline, time_unit: float) -> None:
     """Mark where backward and the update begin."""
+    above = axes.get_xaxis_transform()
     for name, seconds in line.begins:
-        place, at_the_end = seconds / time_unit, seconds > 0.9 * line.ends[-1]
+        place, side = seconds / time_unit, "right" if seconds > 0.9 * line.ends[-1] else "left"
         axes.axvline(place, color="black", linewidth=0.6, linestyle=":")
-        axes.text(
-            place,
-            1.0,
-            f" {name} ",
-            ha="right" if at_the_end else "left",
-            va="bottom",
-            fontsize=8,
-            transform=axes.get_xaxis_transform(),
-        )
+        axes.text(place, 1.0, f" {name} ", ha=side, va="bottom", fontsize=8, transform=above)
 
 
 def _mark_limit(axes: Any, limit: float, peak: float, unit: float) -> None:

@@ -25,7 +25,7 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, disable_fake_tensor_cache
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -124,11 +124,7 @@ def simulate(
         # No step has the second model where what it says of the data is computed before.
         stored = 0 if spec.config.loss.precompute_reference else None
         loss = build_loss(spec, model, mesh, wrap=rank.wrap, stored=stored)
-        with (
-            FakeTensorMode(allow_non_fake_inputs=True) as fake,
-            disable_fake_tensor_cache(fake),  # `FakeOperations` has one of its own
-            tracker,
-        ):
+        with FakeTensorMode(allow_non_fake_inputs=True), tracker:
             hf.allocate(model, mesh.device)
             rank.label_parameters(model)
             loss.allocate(parameter_offload=False)
