@@ -252,7 +252,8 @@ class Search:
         """Return the best that fit, the first one simulated whole."""
         order, LINE.about = self._fitting(), "the fastest: "
         for at, candidate in enumerate(order):
-            plan, setup, best = None, candidate.estimate.setup, self._best
+            plan: Plan | None = None
+            setup, best = candidate.estimate.setup, self._best
             if best and _as_it_runs(best.changes) == _as_it_runs(candidate.changes):
                 plan = best.plan and replace(best.plan, setup=setup)
             plan = plan or make_plan(setup)

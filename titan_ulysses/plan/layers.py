@@ -401,7 +401,7 @@ class _Longer:
         inside = [layer for layer in own if layer != own[0]]
         around = [layer for layer in (before, *own, after) if layer is not None]
         one, other = (own[0], inside[-1]) if inside else (around[0], around[-1])
-        if None not in (before, after) and before != after:
+        if before is not None and after is not None and before != after:
             one, other = before, after
         return range(self.times)[:: 1 if one < other else -1]
 

@@ -89,7 +89,7 @@ class Simulation:
     @property
     def collectives(self) -> dict[str, tuple[int, int]]:
         """(calls, bytes of their inputs) of a whole step, by kind"""
-        totals = Counter(), Counter()
+        totals: tuple[Counter[str], Counter[str]] = Counter(), Counter()
         for counts in self.collectives_of.values():
             for kind, both in counts.items():
                 for total, n in zip(totals, both, strict=True):
