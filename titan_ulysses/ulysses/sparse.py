@@ -43,7 +43,7 @@ class _Tile(NamedTuple):
     """[n K], by key; of pairs that do not exist, which are the last ones, M + query_of"""
     bags: Tensor
     """[M + n]: where the pairs of each number of key_of begin"""
-    count: int
+    key_count: int
     """M"""
 
     def dots(self, queries: Tensor, keys: Tensor) -> Tensor:
@@ -51,15 +51,15 @@ class _Tile(NamedTuple):
         wider; 0 for pairs that do not exist.
         """
         wide = torch.promote_types(queries.dtype, torch.float32)  # CUDA has no kernel for bf16
-        pairs = self.key_of.clamp(max=self.count), self.bags, self.query_of
+        pairs = self.key_of.clamp(max=self.key_count), self.bags, self.query_of
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            queries.to(wide), keys.to(wide), *pairs, 0, self.count
+            queries.to(wide), keys.to(wide), *pairs, 0, self.key_count
         )
 
     def scores(self, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
         """Return the scores [n K] by key, -inf for pairs that do not exist."""
         found = self.dots(queries, keys).mul_(scale)
-        return found.masked_fill_(self.key_of >= self.count, -torch.inf)
+        return found.masked_fill_(self.key_of >= self.key_count, -torch.inf)
 
     def by_query(self, x: Tensor) -> Tensor:
         """Return numbers of the pairs, [n K] by key, as [n, K]."""
@@ -75,7 +75,7 @@ class _Tile(NamedTuple):
         pairs = self.query_of, queries, self.bags
         weights = weights.to(queries.dtype)
         sums = F.embedding_bag(*pairs, mode="sum", per_sample_weights=weights)
-        total.add_(sums[: self.count])
+        total.add_(sums[: self.key_count])
 
 
 def _tiles(keys: int, scores: Scores) -> Iterator[_Tile]:
