@@ -318,7 +318,7 @@ class _Pairs:
             return False
         own = (more.growing(entry) for entry in more.entries if not more.is_between(entry.layer))
         alone = more.collectives()[1]
-        both = [*zip(own, self._amounts, self.growth, strict=True)]
+        both: list[tuple] = [*zip(own, self._amounts, self.growth, strict=True)]
         both += [(alone.get(k), self._alone[k], growth) for k, growth in self.alone.items()]
         return all(a == b for a, b, growth in both if any(growth))
 
@@ -356,7 +356,7 @@ class _Longer:
         times = Fraction(self.spec.degrees.accumulation_steps, more.batches)
         cost = Cost(Counter({k: times * n for k, n in costs.items() if k[1] != "exchange"}))
         flops = self._at_all(more.flops_per_token, self.pairs.flops)
-        collectives = {None: self._collectives()}
+        collectives: dict[int | None, dict[str, tuple[int, int]]] = {None: self._collectives()}
         return Simulation(
             self.memory, start, collectives, cost, self.ticks, more.batches, flops, more.model
         )
@@ -396,7 +396,7 @@ class _Longer:
         where the members of a list are released, the last layer is the first.
         """
         entries = self.more.entries
-        own = [entry.layer for entry in entries[first:end]]
+        own = [entry.layer for entry in entries[first:end] if entry.layer is not None]
         before, after = entries[max(0, first - 1)].layer, entries[end % len(entries)].layer
         inside = [layer for layer in own if layer != own[0]]
         around = [layer for layer in (before, *own, after) if layer is not None]

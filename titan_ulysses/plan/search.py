@@ -85,7 +85,7 @@ def limit(setup: Setup, a: Estimate, b: Estimate) -> int:
     peak: with the length, the peak can move to another moment.
     """
     unit = _UNIT * setup.degrees.sequence
-    lengths = []
+    lengths: list[float] = []
     of_gpu = [(a.gpu_bytes, b.gpu_bytes)]
     of_host = [(setup.host_memory or inf, a.host_bytes, b.host_bytes)]
     if isinstance(a, Plan) and isinstance(b, Plan):
