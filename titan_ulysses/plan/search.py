@@ -250,9 +250,8 @@ def longest(
     own, other = first.seq_len, min(_guess(first), _MAX_EXTRAPOLATION * first.seq_len)
     if longer and not first.fits_in_time:
         return None
-    if (
-        abs(other - own) < _CLOSE * own or setup.config.plan.max_step_seconds
-    ):  # no line, or no guess
+    is_close = abs(other - own) < _CLOSE * own  # no line goes through two lengths that are
+    if is_close or setup.config.plan.max_step_seconds:
         other = max(unit, own // 2 // unit * unit)
     known = [first, plan(at_length(setup, other if other != own else 2 * own))]
     for _ in range(simulations):
