@@ -387,7 +387,7 @@ def test_arguments_of_tool_calls_may_be_json(backend: Tokenizer) -> None:
     pair["chosen"][0]["tool_calls"][0]["function"]["arguments"] = '{"a": 1}'
     row = read_record(pair, SourceSettings(source="preference"), "a:1")
     assert row.content.parsed_calls == 1
-    assert row.content.chosen[0]["tool_calls"] == call(a=1)
+    assert row.content.completions[0][0]["tool_calls"] == call(a=1)
 
 
 # --- templates that write earlier turns differently once others follow ----------------------------

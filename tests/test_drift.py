@@ -85,7 +85,7 @@ def train_on_other_data(config: Path, settings: Settings) -> str:
 
 def test_a_sequence_whose_ranks_read_other_samples(tmp_path: Path) -> None:
     settings = SETTINGS | {"parallelism.sequence_parallel_degree": 2}
-    settings |= {"training.local_batch_size": 8}
+    settings |= {"training.local_batch_size": 8, "training.global_batch_size": 8}
     for message in run_on_ranks(2, train_on_other_data, write_run(tmp_path), settings):
         assert "at step 2: rank 1 on " in message and " in the data (the last batch)" in message
 
@@ -116,7 +116,7 @@ def train_on_damaged_tokens(config: Path, settings: Settings) -> str:
 
 def test_tokens_outside_of_the_vocabulary_in_the_middle_of_a_run(tmp_path: Path) -> None:
     settings = SETTINGS | {"parallelism.sequence_parallel_degree": 2}
-    settings |= {"training.local_batch_size": 8}
+    settings |= {"training.local_batch_size": 8, "training.global_batch_size": 8}
     for message in run_on_ranks(2, train_on_damaged_tokens, write_run(tmp_path), settings):
         assert "outside of the model's vocabulary of 257: its tokens were damaged" in message
     checkpoints = tmp_path / "outputs" / "run" / "checkpoints"
