@@ -34,7 +34,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["helpers.preload"])
 _STARTUP_SECONDS = 120.0
 _GRACE_SECONDS = 2.0
-_MAX_THREADS = 128
+_MAX_THREADS = 64
 _IDLE_SECONDS = 10.0
 """Ranks with more threads are replaced after a call, and so are those that have not been called for
 so long while others were. Each gloo group that a call makes leaves three threads for the life of
