@@ -213,7 +213,8 @@ def _longest_sentence(setup: Setup, seq_len: int, *, verified: bool) -> str:
 def advice(plan: Plan) -> str:
     """Return a sentence about one more change of settings that lowers the memory that limits most.
 
-    The change is chosen by the size of the component that it removes from the peak.
+    The change is chosen by the size of the component that it removes from the peak. Where the plan
+    does not fit, the change is simulated.
     """
     setup, config = plan.setup, plan.setup.config
     alive, on_host = plan.peak.components, plan.bottleneck == "host memory"
@@ -239,7 +240,9 @@ def advice(plan: Plan) -> str:
     possible = [(size, change) for size, change in changes if size and differs(config, change)]
     if not possible:
         return "Only GPUs with more memory, or more GPUs a sequence, would help."
-    _, change = max(possible, key=lambda one: one[0])
+    freed, change = max(possible, key=lambda one: one[0])
+    if plan.fits:
+        return f"To free up to {size_text(freed)} of a GPU: {assignments(change)}."
     other = estimate_plan(with_settings(setup, change))
     what, size = (
         ("host memory", f"{size_text(other.host_bytes)} a node")

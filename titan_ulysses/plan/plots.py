@@ -56,9 +56,10 @@ def timeline_of(plan: Plan) -> Timeline:
     bounds = np.stack([np.searchsorted(column, edges, side=side) for side in ("left", "right")])
     highest = [a + int(totals[a : b + 1].argmax()) for a, b in bounds.T.tolist()]
     columns: list[Counter[str]] = [Counter() for _ in edges]
-    names = np.array([one.component for one, _ in events])
-    for name in dict.fromkeys(one.component for one, _ in events):
-        sizes = np.where(names == name, changes, 0).cumsum()[start - 1 :][highest]
+    numbers_of = {name: i for i, name in enumerate(dict.fromkeys(x.component for x, _ in events))}
+    component = np.array([numbers_of[one.component] for one, _ in events])
+    for name, number in numbers_of.items():
+        sizes = np.where(component == number, changes, 0).cumsum()[start - 1 :][highest]
         for counter, size in zip(columns, sizes.tolist(), strict=True):
             counter[name] = size
     ends = [width * (index + 1) for index in range(_COLUMNS)]
