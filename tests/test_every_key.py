@@ -217,7 +217,6 @@ MODELS = {
     ],
     "model.attention": [
         Case("sdpa", said("\nattention: sdpa\n"), same=True),
-        Case("blockwise", said('attention: sdpa. model.attention = "blockwise" is its old name')),
         Case("test_every_key:own_core", said("\nattention: test_every_key:own_core\n")),
         Case(
             "test_every_key:own_core", lambda run, default: not near(losses(run), losses(default))

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from helpers.ranks import run_on_ranks
 from helpers.runs import Settings, train, write_run
 from titan_ulysses.checkpoint import safetensors as weights
-from titan_ulysses.checkpoint.manifest import Damage
+from titan_ulysses.checkpoint.manifest import Damage, entry_of
 from titan_ulysses.checkpoint.storage import open_checkpoint
 from titan_ulysses.distributed.errors import UserError
 
@@ -136,10 +136,14 @@ def heard() -> Heard:
 
 
 def test_mutants_of_metadata(run: Path, tmp_path: Path, heard: Heard) -> None:
-    """Without its hash, as in a checkpoint that was forged: the unpickler alone must hold."""
+    """With its own hash, as in a checkpoint that was forged: the unpickler alone must hold."""
+
+    def read(path: Path) -> Any:
+        return open_checkpoint(path, {".metadata": entry_of(path / ".metadata")}, where="it")
+
     folder = tmp_path / "step-1"
     shutil.copytree(run / "checkpoints" / "step-1", folder)
-    found = read_all(lambda path: open_checkpoint(path, {}, where="it"), folder, ".metadata", heard)
+    found = read_all(read, folder, ".metadata", heard)
     assert heard.events == []
     assert found["refused"] > MUTANTS / 2
     # That the hook hears: what these mutants would do under Python's own unpickler.

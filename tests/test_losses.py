@@ -248,7 +248,7 @@ def first_rank_without_labels() -> list[str]:
     ids = torch.arange(24).view(1, 24)
     loader = [{"input_ids": ids, "labels": ids.masked_fill(ids < 16, -100)}]
     for function in (mean_of_labels, raises):
-        (batch,) = shard(loader, mesh)
+        (batch,) = shard(loader, model)
         try:
             model(**batch, loss_function=function)
         except Exception as error:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
 import torch
 
-from helpers.options import sections
 from titan_ulysses.config.load import config_of
 from titan_ulysses.config.schema import Memory
 from titan_ulysses.distributed.errors import UserError
@@ -38,33 +36,11 @@ def test_a_config_and_its_tables_mean_the_same() -> None:
     assert options_of(config, len) == NONE.changed(attention=len, **tables, **training)  # type: ignore[arg-type]
 
 
-OLDER = [
-    ({"offload": "host", "checkpoint_every": 2}, {"offload": "host", "checkpoint_every": 2}),
-    ({"checkpoint_every": 0, "compile": True}, {"checkpoint_every": 0, "compile": True}),
-    ({"offload_folder": None, "mlp_tile_tokens": 7, "keep_attention": "all"}, None),
-]
-
-
-@pytest.mark.parametrize(("older", "settings"), OLDER)
-def test_keywords_of_earlier_versions(
-    older: dict[str, Any], settings: dict[str, Any] | None
-) -> None:
-    settings = settings or {"mlp_tile_tokens": 7, "keep_attention": "all"}
-    for make in (NONE.changed, ParallelOptions):
-        with pytest.warns(FutureWarning, match="have the names of a config file now: ") as told:
-            found = make(**older)
-        assert len(told) == 1
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            # What the warning shows can be written.
-            shown = str(told[0].message).split("now: ")[1].split(". A later")[0]
-            assert eval(f"NONE.changed({shown})") == found == NONE.changed(**sections(**settings))
-
-
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
         ({"memory": {"mlp_tile": 3}}, "memory.mlp_tile: no such key; did you mean memory.mlp_tile"),
+        ({"offload": "host"}, "offload: no such key; did you mean activation_checkpoint.offload?"),
         ({"memry": {}}, "[memry]: no such section; did you mean [memory]?"),
         ({"memory": {"mlp_tile_tokens": -2}}, "memory.mlp_tile_tokens = -2: must be at least -1"),
         (

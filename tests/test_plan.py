@@ -741,7 +741,6 @@ def test_the_kernel_of_attention():
         ({"training__param_dtype": "float32"}, "sdpa"),
         ({"model__attention": "flash"}, "flash"),  # also where the package is not
         ({"model__attention": "flex"}, "flex"),
-        ({"model__attention": "blockwise"}, "sdpa"),  # its name in earlier versions
     ],
 )
 def test_the_plan_follows_the_core_of_the_run(settings, core):

@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from helpers.ranks import run_on_ranks
 from helpers.runs import Settings, refusal, train, write_run
 from titan_ulysses.checkpoint.convert import main as convert
-from titan_ulysses.checkpoint.manifest import digest_of, read_json, write_json
-from titan_ulysses.checkpoint.storage import open_checkpoint
+from titan_ulysses.checkpoint.manifest import entry_of, read_json, write_json
+from titan_ulysses.checkpoint.storage import CheckpointReader, open_checkpoint
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
@@ -68,11 +68,15 @@ def forge(config: Path, run: Path, change: Callable[[Path, Metadata], Any]) -> P
     contents = change(checkpoint, pickle.loads(file.read_bytes()))
     file.write_bytes(contents if isinstance(contents, bytes) else pickle.dumps(contents))
     # Which agrees, as an attacker would have it.
-    about, _ = read_json(checkpoint / "run.json")
-    about["files"][".metadata"] = {"bytes": file.stat().st_size, "xxh3": digest_of(file)}
+    about = read_json(checkpoint / "run.json")
+    about["files"][".metadata"] = entry_of(file)
     write_json(checkpoint / "run.json", about)
     shutil.copy(config.parent / "outputs" / "run" / "config.toml", run)
     return checkpoint
+
+
+def opened(checkpoint: Path, where: str = "") -> CheckpointReader:
+    return open_checkpoint(checkpoint, read_json(checkpoint / "run.json")["files"], where=where)
 
 
 def test_a_pickle_that_runs_a_command_runs_nothing(
@@ -148,7 +152,7 @@ def test_what_a_checkpoint_may_not_ask_for(case: str, config: Path, tmp_path: Pa
     change, reason = FORGERIES[case]
     checkpoint = forge(config, tmp_path, change)
     with pytest.raises(UserError) as refused:
-        open_checkpoint(checkpoint, {}, where="HERE")
+        opened(checkpoint, "HERE")
     assert str(refused.value).startswith(f"HERE is refused: its .metadata {reason}")
     if case == "a class":
         del Metadata.evil
@@ -159,21 +163,18 @@ def test_what_a_checkpoint_may_ask_for(config: Path, tmp_path: Path) -> None:
     rank's own table.
     """
     inside = forge(config, tmp_path / "inside", move_file("./{checkpoint}/../step-1/"))
-    entries = open_checkpoint(inside, {}, where="").read_metadata().state_dict_metadata
-    assert (
-        entries
-        == open_checkpoint(checkpoint_of(config), {}, where="").read_metadata().state_dict_metadata
-    )
+    entries = opened(inside).read_metadata().state_dict_metadata
+    assert entries == opened(checkpoint_of(config)).read_metadata().state_dict_metadata
 
     def by_python_3_13(_, metadata: Metadata) -> bytes:
         return pickle.dumps(metadata, protocol=2).replace(b"cpathlib\n", b"cpathlib._local\n")
 
     newer = forge(config, tmp_path / "newer", by_python_3_13)
     assert b"pathlib._local" in (newer / ".metadata").read_bytes()
-    assert open_checkpoint(newer, {}, where="").read_metadata().state_dict_metadata == entries
+    assert opened(newer).read_metadata().state_dict_metadata == entries
     (newer / ".metadata").rename(newer / "__0.metadata")
     with pytest.raises(ValueError, match="No such file"):
-        open_checkpoint(newer, {}, where="")
+        opened(newer)
 
 
 # --- the network, and what is secret --------------------------------------------------------------

@@ -112,7 +112,9 @@ def main() -> None:
                 files = describe_written(folder, pieces) if pieces else {}
 
                 def load(folder: Path = folder, files: dict = files) -> None:
-                    reader = CheckpointReader(folder, files)
+                    reader = (
+                        CheckpointReader(folder, files) if files else dcp.FileSystemReader(folder)
+                    )
                     dcp.load(target, storage_reader=reader, no_dist=True)
 
                 found.setdefault(f"load {name}", []).append(seconds(load))

@@ -62,7 +62,10 @@ def stage(source: str, target: str, steps: int, indexer: str, lr: float) -> floa
 
     def batch(seed: int) -> Any:
         ids, labels = rows_of(seed)
-        own = (mesh.local_slice(x) for x in (ids, labels, torch.arange(LENGTH).expand(ROWS, -1)))
+        own = (
+            mesh.local_slice(x, chunk_tokens=None)
+            for x in (ids, labels, torch.arange(LENGTH).expand(ROWS, -1))
+        )
         names = ("input_ids", "labels", "position_ids")
         rows = dict(zip(names, own, strict=True))
         return replace(batch_of(ids[0], mesh, model), **rows, documents=((LENGTH,),) * ROWS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -19,8 +19,6 @@ _NAME_A_DTYPE: list[tuple[Any, tuple[str, ...]]] = [
     (torch, ("zeros", "zeros_like", "ones_like", "empty_like", "softmax", "sum", "cumsum")),
     (F, ("softmax", "log_softmax")),
 ]
-_STAYS_IN_FP64 = {"starcoder2"}
-"""What needs no such help: models without a step in fp32."""
 
 
 @contextmanager
@@ -56,9 +54,6 @@ def _kept(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def kept_in_fp64(train: Callable[..., Record], *args, **kwargs) -> Record:
-    """train(*args, **kwargs) under `keep_fp64`; but that takes time, so not where the model, a
-    table among args, stays in fp64 by itself.
-    """
-    model = next((x for x in args if isinstance(x, dict) and "model_type" in x), {})
-    with nullcontext() if model.get("model_type") in _STAYS_IN_FP64 else keep_fp64():
+    """train(*args, **kwargs) under `keep_fp64`."""
+    with keep_fp64():
         return train(*args, **kwargs)

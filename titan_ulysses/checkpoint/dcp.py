@@ -175,8 +175,7 @@ class Checkpointer:
                     f"{where} was saved by save_checkpoint of a training loop, and has no position "
                     f"in the data of this run. Give this run {self.other}."
                 )
-            # Those of an earlier version have no seed.
-            expect_fields(state, *(n for n in needs if n != "rng" or "save_id" in state))
+            expect_fields(state, *needs)
         if self._hosts:
             with self._errors_of(step):
                 self._hosts.expect_one_save(state)
@@ -211,12 +210,6 @@ class Checkpointer:
                 self._say(
                     f"WARNING: {self.where}: {_listed(found)}. Resuming from step {step}, the "
                     "newest intact checkpoint before it."
-                )
-            if "save_id" not in state:
-                self._say(
-                    f"WARNING: {self.where}: step-{step} was saved by an earlier version, without "
-                    "hashes, so damage that leaves the sizes of its files unchanged cannot be "
-                    "detected."
                 )
             self.damaged = list(found)
             return step, state

@@ -242,7 +242,7 @@ def expect_as_exported(files: dict[str, Path], where: str) -> None:
     """Raise UserError, on every rank, if an export has changed since it was written. Collective.
 
     The ranks of a host share the files, which are read once more for that. Without a manifest
-    nothing is known of a folder, and that of an earlier version has no hashes.
+    nothing is known of a folder.
     """
     rank = int(os.environ.get("LOCAL_RANK", 0))
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -255,8 +255,7 @@ def expect_as_exported(files: dict[str, Path], where: str) -> None:
         )
 
     with failing_together(Damage, OSError, error=damaged):
-        state, has_hashes = read_json(manifest) if manifest.is_file() else ({}, False)
-        known = state.get("files", {}) if has_hashes else {}
+        known = read_json(manifest)["files"] if manifest.is_file() else {}
         for name in sorted({file.name for file in files.values()})[rank::ranks]:
             if name in known and digest_of(manifest.parent / name) != known[name]["xxh3"]:
                 raise Damage(f"{name}: its contents differ from what was exported")
@@ -266,12 +265,11 @@ def exported_step(folder: Path) -> int | None:
     """Return the step of the export in folder, or None if there is none that is whole.
 
     Reads all of it: the export is finished when the hashes of its manifest are those of its files.
-    That of an earlier version has none.
     """
     try:
-        state, has_hashes = read_json(folder / STEP_FILE)
+        state = read_json(folder / STEP_FILE)
         expect_sizes(folder, state["files"])
-        is_whole = has_hashes and all(
+        is_whole = all(
             digest_of(folder / name) == entry["xxh3"] for name, entry in state["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -76,7 +76,7 @@ class HostFolders:
     def expect_one_save(self, state: dict[str, Any]) -> None:
         """Raise `Damage`, on every rank, if the hosts have parts of different saves. Collective."""
         ids: list[str | None] = [None] * len(self._hosts)
-        dist.all_gather_object(ids, state.get("save_id"))
+        dist.all_gather_object(ids, state["save_id"])
         if others := {h for h, one in zip(self._hosts, ids, strict=True) if one != ids[0]}:
             raise Damage(
                 f"run.json: save_id on {' and '.join(sorted(others))} belongs to a different save "

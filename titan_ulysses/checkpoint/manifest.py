@@ -62,11 +62,10 @@ def write_json(path: Path, state: dict[str, Any]) -> None:
         json.dump({**state, _CHECKSUM: _checksum(state)}, file)
 
 
-def read_json(path: Path) -> tuple[dict[str, Any], bool]:
-    """Return what `write_json` has written, and whether it has a checksum.
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what `write_json` has written.
 
-    A file of an earlier version has none. Raise `Damage` if it is not what was written, and OSError
-    if it cannot be read.
+    Raise `Damage` if it is not what was written, and OSError if it cannot be read.
     """
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -76,9 +75,10 @@ def read_json(path: Path) -> tuple[dict[str, Any], bool]:
     if not isinstance(state, dict):
         raise Damage(f"{path.name}: it holds a {type(state).__name__}, not a table")
     written = state.pop(_CHECKSUM, None)
-    if written is not None and written != _checksum(state):
-        raise Damage(f"{path.name}: its contents differ from what was written")
-    return state, written is not None
+    if written != _checksum(state):
+        what = "its contents differ from what was written"
+        raise Damage(f"{path.name}: {'checksum is missing' if written is None else what}")
+    return state
 
 
 def _checksum(state: dict[str, Any]) -> str:
@@ -138,8 +138,7 @@ def expect_sizes(folder: Path, files: dict[str, Any]) -> None:
     Raise OSError if that cannot be looked up.
     """
     for name, entry in files.items():
-        size = entry["bytes"] if isinstance(entry, dict) else entry
-        path = folder / name
+        size, path = entry["bytes"], folder / name
         if not path.exists():
             raise Damage(f"{name} is missing")
         if not path.is_file():
@@ -151,12 +150,11 @@ def expect_sizes(folder: Path, files: dict[str, Any]) -> None:
 def saved_pieces(files: dict[str, Any]) -> dict[tuple[str, int], tuple[int, str]]:
     """Return length and hash of each piece of a manifest, by file and offset.
 
-    A file that is hashed as a whole is one piece. The manifest of an earlier version has none.
+    A file that is hashed as a whole is one piece.
     """
     return {
         (name, offset): (length, found)
         for name, entry in files.items()
-        if isinstance(entry, dict)
         for offset, length, found in entry.get("pieces") or [(0, entry["bytes"], entry["xxh3"])]
     }
 

@@ -108,9 +108,9 @@ class RunFile(TypedDict):
     """the shape of each parameter by name"""
     frozen: int
     """a fingerprint of what is frozen; 0 if nothing is"""
-    files: Annotated[dict[str, Count | _Hashed | _InPieces], Field(min_length=1)]
-    """size and hashes of each file, see manifest.py; an earlier version has kept the size alone"""
-    save_id: NotRequired[str]
+    files: Annotated[dict[str, _Hashed | _InPieces], Field(min_length=1)]
+    """size and hashes of each file, see manifest.py"""
+    save_id: str
     """the same in every part of one save, and in no other"""
     loader: NotRequired[_LoaderState]
     """the position in the data"""
@@ -151,18 +151,16 @@ def publish(
 def read_run_file(folder: Path) -> dict[str, Any]:
     """Return the contents of run.json of a checkpoint.
 
-    That of an earlier version, which has no hashes, has no save_id. Raise `Damage` if run.json is
-    not what was written, lacks a field or is that of another step, or if a file is missing or has
-    another size. Tensors are not read. Raise OSError if run.json cannot be read.
+    Raise `Damage` if run.json is not what was written, lacks a field or is that of another step, or
+    if a file is missing or has another size. Tensors are not read. Raise OSError if run.json cannot
+    be read.
     """
     try:
-        state, has_checksum = read_json(folder / RUN_FILE)
+        state = read_json(folder / RUN_FILE)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Damage(f"{RUN_FILE} is missing") from error
     except IsADirectoryError as error:
         raise Damage(f"{RUN_FILE} is not a file") from error
-    if not has_checksum:
-        state.setdefault("frozen", 0)
     try:
         _RUN_FILE.validate_python(state)
     except ValidationError as error:
@@ -172,9 +170,6 @@ def read_run_file(folder: Path) -> dict[str, Any]:
         raise Damage(
             f"{RUN_FILE}: {name} is {str(state[str(name)])[:60]}, which is not a valid value"
         ) from error
-    # A file of an earlier version has sizes only. What has lost its checksum is not one.
-    if has_checksum != all(isinstance(entry, dict) for entry in state["files"].values()):
-        raise Damage(f"{RUN_FILE}: checksum is missing")
     if step_named(folder.name) not in (None, state["step"]):
         raise Damage(f"{RUN_FILE}: step is {state['step']}, and the folder is named {folder.name}")
     expect_sizes(folder, state["files"])

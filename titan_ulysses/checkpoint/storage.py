@@ -177,14 +177,14 @@ class Refused(ValueError):
 class CheckpointReader(dcp.FileSystemReader):
     """DCP's file system reader with a restricted unpickler. It reads the metadata only once.
 
-    files: the entries of the manifest. Whatever is read is compared with their hashes, if they have
-    any. A piece is read whole into host memory for that, also where a rank needs a part of it.
+    files: the entries of the manifest. Whatever is read is compared with their hashes. A piece is
+    read whole into host memory for that, also where a rank needs a part of it.
     """
 
     def __init__(self, folder: Path, files: dict[str, Any]):
         super().__init__(folder)
         self._metadata: Metadata | None = None
-        self._saved = saved_pieces(files)  # none in a checkpoint of an earlier version
+        self._saved = saved_pieces(files)
 
     def read_metadata(self) -> Metadata:
         """Return the table of contents.
@@ -194,8 +194,7 @@ class CheckpointReader(dcp.FileSystemReader):
         if self._metadata is None:
             folder = Path(self.path)
             data = (folder / TABLE_FILE).read_bytes()
-            if self._saved:
-                expect_saved(TABLE_FILE, 0, data, self._saved)
+            expect_saved(TABLE_FILE, 0, data, self._saved)
             metadata = _unpickled(data)
             for path in sorted({info.relative_path for info in metadata.storage_data.values()}):
                 # By an absolute path, "..", or a symbolic link.
@@ -211,8 +210,6 @@ class CheckpointReader(dcp.FileSystemReader):
 
     def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
         """Return a stored piece as a file, after comparing its hash with the manifest."""
-        if not self._saved:
-            return super()._slice_file(file, sinfo)
         file.seek(sinfo.offset)
         data = file.read(sinfo.length)
         expect_saved(sinfo.relative_path, sinfo.offset, data, self._saved)

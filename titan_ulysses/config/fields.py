@@ -168,7 +168,7 @@ def _interval(value: Any) -> int | float | str:
 
 
 def _core_name(name: str) -> str:
-    if name not in (*CORES, *RENAMED_CORES) and not _FUNCTION.fullmatch(name):
+    if name not in CORES and not _FUNCTION.fullmatch(name):
         raise ValueError(f"needs one of {', '.join(CORES)}, or package.module:function")
     return name
 
@@ -184,8 +184,6 @@ CORES = ("auto", "varlen", "flash", "flex", "sdpa")
 "auto" takes the first of the others that can run this model here, and flex only for soft-caps,
 because its block mask grows with the square of the length.
 """
-RENAMED_CORES = {"blockwise": "sdpa"}
-"""Names of earlier versions, which are still understood."""
 CoreName = Annotated[str, AfterValidator(_core_name)]
 PathText = Annotated[str, AfterValidator(expand_path), AfterValidator(_possible_names)]
 FolderName = Annotated[str, AfterValidator(_possible_names), AfterValidator(_printable)]

@@ -22,7 +22,7 @@ from torch import Tensor
 from titan_ulysses.data.images import KINDS, Visuals, positions_of_rows
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.mesh import Mesh, warn_of_older_form
+from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, chunk_length, padded
 
 if TYPE_CHECKING:
@@ -38,10 +38,9 @@ BORDER_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 def shard(
     loader: Iterable[Mapping[str, Any]],
-    model: PreTrainedModel | Mesh,
+    model: PreTrainedModel,
     *,
     accumulate: int = 1,
-    stream_chunk_tokens: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield this rank's slice of each batch as keyword arguments: `model(**batch).loss`.
 
@@ -73,24 +72,11 @@ def shard(
     `num_items_in_batch` is the number of labels in `accumulate` batches on all ranks: step the
     optimizer once per `accumulate` batches.
 
-    A mesh in the place of the model is the older form, which warns. Only there stream_chunk_tokens
-    says how the model streams, and not at all if it is left out. Raise `UserError` for a batch that
-    contradicts itself, or that differs between ranks that share a sequence.
+    Raise `UserError` for a batch that contradicts itself, or that differs between ranks that share
+    a sequence.
     """
     if accumulate < 1:
         raise UserError(f"shard: accumulate = {accumulate}: must be at least 1.")
-    if isinstance(model, Mesh):
-        chunk_tokens = -1 if stream_chunk_tokens is None else stream_chunk_tokens
-        warn_of_older_form(
-            "shard(loader, mesh): call shard(loader, model), which cuts batches as the model "
-            "streams them"
-        )
-        return _batches(loader, model, accumulate, chunk_tokens, read_rows)
-    if stream_chunk_tokens is not None:
-        raise UserError(
-            f"shard: stream_chunk_tokens = {stream_chunk_tokens}: the model already has one. "
-            "Leave it out: shard(loader, model)."
-        )
     mesh, sharding = _mesh_of(model, "shard"), model.sharding
     classifies = type(model).__name__.endswith("ForSequenceClassification")
     read = read_documents if classifies else partial(read_rows, vision=sharding.vision)

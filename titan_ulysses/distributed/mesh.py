@@ -8,7 +8,6 @@ dp_replicate is outermost.
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -20,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from titan_ulysses.distributed.device import device_type, module_of
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.sequence import local_slice, padded
+from titan_ulysses.distributed.sequence import local_slice
 
 
 @dataclass(frozen=True)
@@ -56,37 +55,19 @@ class Mesh:
             self if self.sp.size() == 1 else build_mesh(timeout=timeout_of(self.loss.get_group()))
         )
 
-    def local_slice(self, whole: Tensor, *, chunk_tokens: int | None = 0, dim: int = 1) -> Tensor:
+    def local_slice(self, whole: Tensor, *, chunk_tokens: int | None) -> Tensor:
         """Return this rank's tokens of a whole sequence, [B, S, ...] -> [B, T, ...].
 
-        See `sequence.local_slice`. Without chunk_tokens this is the older form of
-        `titan_ulysses.local_slice(x, model)`: it warns, pads S to a multiple of P, and raises
-        UserError where `shard` has cut batches of S tokens into chunks.
+        See `sequence.local_slice`.
         """
         place = {"rank": self.sp.get_local_rank(), "degree": self.sp.size()}
-        if chunk_tokens == 0:
-            chunk_tokens, whole = None, padded(whole, self.sp.size(), dim)
-            if sizes := self.cuts.get(whole.shape[dim], set()) - {None}:
-                raise UserError(
-                    f"mesh.local_slice: batches of {whole.shape[dim]} tokens are cut into chunks "
-                    f"of {', '.join(map(str, sizes))} for streaming, and the mesh does not know "
-                    "which model this is for. Call titan_ulysses.local_slice(x, model)."
-                )
-            warn_of_older_form("mesh.local_slice(x): call titan_ulysses.local_slice(x, model)")
-        return local_slice(whole, **place, chunk_tokens=chunk_tokens, dim=dim)
+        return local_slice(whole, **place, chunk_tokens=chunk_tokens)
 
     @property
     def device(self) -> torch.device:
         kind = self.world.device_type
         index = None if kind == "cpu" else module_of(kind).current_device()
         return torch.device(kind, index)
-
-
-def warn_of_older_form(text: str, *, stacklevel: int = 3) -> None:
-    """Say on rank 0, of the caller's caller, which call has replaced one that still works."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        text = f"{text}. A later version will refuse this."
-        warnings.warn(text, FutureWarning, stacklevel=stacklevel)
 
 
 def init_distributed(*, timeout: float | None = None) -> None:

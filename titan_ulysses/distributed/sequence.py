@@ -115,11 +115,11 @@ def local_slice(
     return slices[0] if len(slices) == 1 else torch.cat(slices, dim)
 
 
-def padded(whole: Tensor, degree: int, dim: int = 1) -> Tensor:
-    """Return the tensor with zeros behind its tokens, up to a multiple of degree = P."""
-    missing = -whole.shape[dim] % degree
-    shape = [missing if i == dim % whole.ndim else n for i, n in enumerate(whole.shape)]
-    return torch.cat([whole, whole.new_zeros(shape)], dim) if missing else whole
+def padded(whole: Tensor, degree: int) -> Tensor:
+    """Return [B, S, ...] with zeros behind its tokens, up to a multiple of degree = P."""
+    rows, length, *others = whole.shape
+    missing = -length % degree
+    return torch.cat([whole, whole.new_zeros(rows, missing, *others)], 1) if missing else whole
 
 
 def join_slices(

@@ -13,7 +13,6 @@ from titan_ulysses.config.load import explained
 from titan_ulysses.config.rules import broken_rule
 from titan_ulysses.config.schema import ActivationCheckpoint, Compile, Config, Memory
 from titan_ulysses.distributed.errors import UserError, one_line
-from titan_ulysses.distributed.mesh import warn_of_older_form
 from titan_ulysses.memory.offload import Offload
 from titan_ulysses.model.families import attention_needs, largest_head
 from titan_ulysses.ulysses.cores import Core, CoreRequirements, choose_core
@@ -22,10 +21,6 @@ from titan_ulysses.ulysses.pieces import pieces_of
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
     from transformers import PreTrainedConfig
-
-
-_OLDER: dict[str, type[Section]] = {"activation_checkpoint": ActivationCheckpoint, "memory": Memory}
-"""Sections whose keys were keywords of `parallelize` in earlier versions."""
 
 
 def _dtype(name: Any) -> Any:
@@ -62,11 +57,6 @@ class ParallelOptions(BaseModel):
     `parallelize` turns this off for a model family whose verification succeeds only without it.
     """
 
-    @model_validator(mode="before")
-    @classmethod
-    def _of_older_form(cls, given: Any) -> Any:
-        return _newer_form(given) if isinstance(given, dict) else given
-
     @model_validator(mode="after")
     def _moves_checkpoints_that_it_makes(self) -> ParallelOptions:
         table = self.activation_checkpoint
@@ -79,7 +69,6 @@ class ParallelOptions(BaseModel):
 
         UserError for what `parallelize` does not take.
         """
-        keywords = _newer_form(keywords)
         for name, value in keywords.items():
             before = getattr(self, name, None)
             if isinstance(value, dict) and isinstance(before, Section):
@@ -106,35 +95,6 @@ class ParallelOptions(BaseModel):
         param_dtype = self.param_dtype or model_dtype
         wide = torch.promote_types(param_dtype, torch.float32)
         return self.changed(param_dtype=param_dtype, reduce_dtype=self.reduce_dtype or wide)
-
-
-def _newer_form(given: dict[str, Any]) -> dict[str, Any]:
-    """Return keywords of `parallelize`, with those of earlier versions as sections. Warn of them.
-
-    They were keys of [activation_checkpoint] and [memory], `checkpoint_every`, which was 0 for no
-    checkpoints, and a bool for [compile].
-    """
-    newer: dict[str, Any] = {}
-    tables: dict[str, dict[str, Any]] = {}
-    for key, value in given.items():
-        section = next((name for name, kind in _OLDER.items() if key in kind.model_fields), None)
-        if key == "checkpoint_every":
-            table = tables.setdefault("activation_checkpoint", {})
-            table |= {"every": value} if value else {"mode": "none"}
-        elif key == "compile" and isinstance(value, bool):
-            tables["compile"] = {"enable": value}
-        elif section:
-            tables.setdefault(section, {})[key] = "" if value is None else value
-        else:
-            newer[key] = value
-    if tables:
-        form = ", ".join(f"{name}={table}" for name, table in tables.items())
-        warn_of_older_form(
-            f"parallelize: its keywords have the names of a config file now: {form}", stacklevel=5
-        )
-    for name, table in tables.items():
-        newer[name] = dict(newer.get(name, {})) | table
-    return newer
 
 
 def options_of(config: Config, core: Core) -> ParallelOptions:

@@ -143,7 +143,8 @@ def flatten(table: dict[str, Any], prefix: str = "") -> Flat:
 
 def format_of(path: Path, table: dict[str, Any]) -> Format:
     """Return whose recipe this is, by the keys that it has. UserError where that is not clear."""
-    found = [one for one in FORMATS.values() if one.recognize(table)]
+    flat = flatten(table)
+    found = [one for one in FORMATS.values() if one.has(flat)]
     if len(found) != 1:
         raise UsageError(
             f"{path}: which trainer is this recipe for? Say so with --from {'|'.join(FORMATS)}."
@@ -175,7 +176,7 @@ class Migration:
         self.off = [key for key, value in recipe.items() if value is None]
         """keys that ask for nothing"""
         recipe = {key: value for key, value in recipe.items() if value is not None}
-        self._values = {"--ranks": None} | kind.defaults | recipe | dict(beside or {})
+        self._values = {"--ranks": None} | kind.defaults | kind.beside | recipe | dict(beside or {})
         for key, value in kind.defaults.items():
             if key not in recipe and (rule := kind.rule_of(key)):
                 self._apply(rule, key, value, default=True)
@@ -240,8 +241,8 @@ def with_included(path: Path, flat: Flat, kind: Format) -> tuple[Flat, Flat]:
     """
     result: Flat = {}
     beside: Flat = {}
-    for key, value in ({key: kind.defaults.get(key) for key in kind.includes} | flat).items():
-        prefix = kind.includes.get(key)
+    for key, value in ({key: kind.defaults.get(key) for key in kind.files} | flat).items():
+        prefix = kind.files.get(key)
         found = [folder / value for folder in path.resolve().parents] if prefix and value else []
         if file := next((one for one in found if one.is_file()), None):
             result |= flatten(read_recipe(file), f"{prefix}.")

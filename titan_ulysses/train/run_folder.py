@@ -258,9 +258,9 @@ def warnings_of(
     """Return warnings for what leads to other data than the run would have read: settings, or files
     that have changed; and for a reference or teacher with other weights.
 
-    saved: run.json of the checkpoint. That of an earlier version has no settings and no hashes.
-    content: the hashes of the documents that are there now, by source. frozen_weights: the
-    fingerprint of the second model's weights.
+    saved: run.json of the checkpoint, which has no settings if it was converted. content: the
+    hashes of the documents that are there now, by source. frozen_weights: the fingerprint of the
+    second model's weights.
     """
     seed, found = saved.get("rng", {}).get("seed"), []
     if saved.get("beside", frozen_weights) != frozen_weights:

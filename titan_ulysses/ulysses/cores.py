@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from titan_ulysses.config.fields import CORES, RENAMED_CORES
+from titan_ulysses.config.fields import CORES
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import Documents
 from titan_ulysses.ulysses.flash_cuda import borders
@@ -229,9 +229,6 @@ def choose_core(name: str, requirements: CoreRequirements) -> tuple[Core, str]:
     core. UserError if the named core does not exist, cannot run here or does not accept what is
     needed.
     """
-    if new := RENAMED_CORES.get(name):
-        core, reason = choose_core(new, requirements)
-        return core, f'{reason}. model.attention = "{name}" is its old name: set it to "{new}"'
     of_this_file = {core: globals()[core] for core in CORES if core != "auto"}
     cores, obstacles = of_this_file, {}
     if ":" in name:

@@ -1,18 +1,35 @@
-"""What each key of the recipes of other trainers becomes here. For `titan-ulysses migrate`.
+"""What each key of the recipes of other trainers becomes here: NAME.toml, and how it is read.
 
 A rule says of one or several of their keys which of our settings follow from a value. It raises
-`Lost` with the reason where there is no counterpart.
+`Lost` with the reason where there is no counterpart. In [rules] of a file, in their order:
 
-Each format names the version of its trainer, and the files that have its keys and their defaults.
+    key = "section.key"                 ours, with the same value
+    key = { why = "..." }               nothing is needed here
+    key = { lost = "..." }              no counterpart, unless it is off or empty
+    key = { only = [...], why = "..." } must be one of these
+    key = { ours, choice = {...} }      their values -> ours, or several settings, or nothing: {};
+                                        lost = {...}: why others have no counterpart
+    key = { ours, by = "function" }     what is computed: by NAME.py, or by this file
+    key = { ours, like = "..." }        one of `_KINDS`
+    prefix = { include = "name" }       the rules of another file
+
+Any may have a note, why. Several keys, or several of their values, stand with spaces between; `*`
+is any end of a key; $NAME is a text of the modules. Each file names the version of its trainer, and
+the files that have its keys and their defaults.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+import json
+import re
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from string import Template
 from typing import Any
 
-from titan_ulysses.config.toml import show
+from titan_ulysses.config.toml import from_toml, show
 
 Flat = dict[str, Any]
 """Values by their keys, those of nested tables with dots: ours are "section.key"."""
@@ -27,6 +44,12 @@ class Lost(Exception):
         """our settings that follow from the rest of it"""
 
 
+def _matches(keys: str, key: str) -> bool:
+    return any(
+        key.startswith(one[:-1]) if one.endswith("*") else key == one for one in keys.split()
+    )
+
+
 @dataclass(frozen=True)
 class Rule:
     theirs: str
@@ -39,10 +62,7 @@ class Rule:
     """why nothing is needed, or a note about what differs"""
 
     def matches(self, key: str) -> bool:
-        return any(
-            key.startswith(one[:-1]) if one.endswith("*") else key == one
-            for one in self.theirs.split()
-        )
+        return _matches(self.theirs, key)
 
     def table_row(self) -> str:
         keys = ", ".join(f"`{key}`" for key in self.theirs.split())
@@ -54,18 +74,29 @@ class Format:
     name: str
     source: str
     """where its trainer has the keys and their defaults, and in which version"""
-    recognize: Callable[[dict[str, Any]], bool]
+    recognize: Sequence[str]
+    """the keys of such a recipe: one of each entry"""
+    command: str
+    """or how its `command` begins"""
     rules: list[Rule]
     """of those that match a key, the first one counts"""
-    defaults: Flat = field(default_factory=dict)
+    defaults: Flat
     """their keys with the values that a recipe has where it does not set them"""
-    includes: dict[str, str] = field(default_factory=dict)
+    beside: Flat
+    """"--batch", "--sequence", "--adapters": their keys of a micro-batch's size, of the degree of
+    sequence parallelism, and of the kind of adapters; for rules that depend on them"""
+    files: dict[str, str]
     """their key that names a file -> the prefix of the keys of that file"""
-    differs: Sequence[str] = ()
+    differs: Sequence[str]
     """what no key of theirs or ours says, and is not the same"""
 
     def rule_of(self, key: str) -> Rule | None:
         return next((rule for rule in self.rules if rule.matches(key)), None)
+
+    def has(self, recipe: Flat) -> bool:
+        if self.command and str(recipe.get("command", "")).startswith(self.command):
+            return True
+        return all(any(_matches(keys, key) for key in recipe) for keys in self.recognize)
 
 
 _DECISIVE = (
@@ -117,31 +148,18 @@ def decisive(settings: Flat) -> list[str]:
 # --- kinds of rules -------------------------------------------------------------------------------
 
 
-def computed(theirs: str, ours: str, become: Callable[[Any, Flat], Flat], why: str = "") -> Rule:
-    return Rule(theirs, become, ours if " " in ours else f"`{ours}`", why)
+def _computed(theirs: str, ours: str, find: Callable[[Any, Flat], Any], why: str) -> Rule:
+    """find: (value, all values) -> our settings, or the value of the first key that ours names"""
+    ours = ours if " " in ours else f"`{ours}`"
+
+    def become(value: Any, values: Flat) -> Flat:
+        found = find(value, values)
+        return found if isinstance(found, dict) else {ours.split("`")[1]: found}
+
+    return Rule(theirs, become, ours, why)
 
 
-def same(theirs: str, ours: str, why: str = "") -> Rule:
-    return computed(theirs, ours, lambda value, _: {ours: value}, why)
-
-
-def same_name(*keys: str) -> list[Rule]:
-    """Rules of "section.key other_key ..." that are called so here too."""
-    names = (
-        f"{section}.{name}"
-        for section, _, found in (one.partition(".") for one in keys)
-        for name in found.split()
-    )
-    return [same(name, name) for name in names]
-
-
-def needless(theirs: str, why: str) -> Rule:
-    return Rule(theirs, lambda value, _: {}, "", why)
-
-
-def only(theirs: str, allowed: Sequence[Any], why: str) -> Rule:
-    """Keys that must have one of these values; others have no counterpart."""
-
+def _only(theirs: str, allowed: Sequence[Any], why: str) -> Rule:
     def become(value: Any, _: Flat) -> Flat:
         if value in allowed:
             return {}
@@ -150,31 +168,17 @@ def only(theirs: str, allowed: Sequence[Any], why: str) -> Rule:
     return Rule(theirs, become, f"only {' or '.join(f'`{one}`' for one in allowed)}: {why}")
 
 
-def lost(theirs: str, why: str) -> Rule:
-    """Keys without a counterpart. Those that are off or empty ask for nothing."""
-    off = (None, False, "", [], {})
-    return replace(only(theirs, off, why), ours=f"no counterpart: {why}")
-
-
-def choice(
-    theirs: str,
-    ours: str,
-    values: dict[Any, Any],
-    lost: dict[Any, str] | None = None,
-    why: str = "",
-) -> Rule:
-    """A key whose values stand for values of ours, or for several settings, or for nothing (None).
-
-    lost: why a value has no counterpart. A key of both may be several values, with spaces between.
-    """
+def _choice(theirs: str, ours: str, values: Flat, lost: dict[str, str], why: str) -> Rule:
     settings = {
-        each: found if isinstance(found, dict) else {} if found is None else {ours: found}
-        for each, found in values.items()
+        _split(names): found if isinstance(found, dict) else {ours: found}
+        for names, found in values.items()
     }
-    known, unknown = _by_value(settings), _by_value(lost or {})
+    reasons = {_split(names): reason for names, reason in lost.items()}
+    known = {name: found for names, found in settings.items() for name in names}
+    unknown = {name: reason for names, reason in reasons.items() for name in names}
 
     def become(value: Any, _: Flat) -> Flat:
-        key = value.lower() if isinstance(value, str) else value
+        key = _plain(value)
         if isinstance(key, Hashable) and key in unknown:
             raise Lost(unknown[key])
         if not isinstance(key, Hashable) or key not in known:
@@ -182,54 +186,109 @@ def choice(
         return known[key]
 
     described = [
-        (each, ", ".join(f"`{key} = {show(one)}`" for key, one in found.items()))
-        for each, found in settings.items()
+        (names, ", ".join(f"`{key} = {show(one)}`" for key, one in found.items()))
+        for names, found in settings.items()
     ]
-    described += [(each, f"no counterpart: {reason}") for each, reason in (lost or {}).items()]
-    text = [f"{_quoted(each)}: {becomes}" for each, becomes in described if becomes]
+    described += [(names, f"no counterpart: {reason}") for names, reason in reasons.items()]
+    text = [
+        f"{', '.join(map(_shown, names))}: {becomes}" for names, becomes in described if becomes
+    ]
     return Rule(theirs, become, "; ".join(text), why)
 
 
-def switch(theirs: str, ours: str, value: Any = True) -> Rule:
-    """Keys that are true or false: true stands for a value of ours, and false for nothing."""
-    return choice(theirs, ours, {True: value, False: None})
+def _shown(name: Any) -> str:
+    return f"`{name if isinstance(name, str) else show(name)}`"
 
 
-def _by_value(table: dict[Any, Any]) -> dict[Any, Any]:
-    return {value: found for values, found in table.items() for value in _split(values)}
+def _split(names: str) -> tuple[Any, ...]:
+    return tuple(map(_plain, names.split() or [names]))
 
 
-def _split(values: Any) -> list[Any]:
-    return values.split() or [values] if isinstance(values, str) else [values]
+def _plain(value: Any) -> Any:
+    """Return a name in small letters, or what it is as text: true, false or a whole number."""
+    if not isinstance(value, str):
+        return value
+    name = value.lower()
+    return json.loads(name) if re.fullmatch("true|false|[0-9]+", name) else name
 
 
-def _quoted(values: Any) -> str:
-    return ", ".join(f"`{one if isinstance(one, str) else show(one)}`" for one in _split(values))
+FLASH = 'model.attention = "auto" takes the flash kernel of torch, or FlashAttention 3 or 4'
+_KINDS: dict[str, Flat] = {
+    "attention": {
+        "ours": "model.attention",
+        "choice": {
+            "auto fa2 fa3 flash_attn flash_attention_2 flash_attention_3 flash_attention_4": {},
+            "sdpa": "sdpa",
+            "flex_attention": "flex",
+        },
+        "lost": {"eager disabled": "eager attention builds an S x S matrix"},
+        "why": FLASH,
+    },
+    "switch": {"choice": {"true": True, "false": {}}},
+}
+
+
+_OFF = (None, False, "", [], {})
+
+
+def _rule(theirs: str, spec: Any, functions: Flat) -> Rule:
+    spec = {"ours": spec} if isinstance(spec, str) else _KINDS.get(spec.get("like"), {}) | spec
+    assert {*spec} <= {"ours", "why", "lost", "by", "only", "choice", "like"}, theirs
+    ours, why, lost = (spec.get(key, "") for key in ("ours", "why", "lost"))
+    if "by" in spec:
+        return _computed(theirs, ours, functions[spec["by"]], why)
+    if "only" in spec:
+        return _only(theirs, spec["only"], why)
+    if "choice" in spec:
+        return _choice(theirs, ours, spec["choice"], lost or {}, why)
+    if lost:
+        return replace(_only(theirs, _OFF, lost), ours=f"no counterpart: {lost}")
+    if ours:
+        return _computed(theirs, ours, lambda value, _: {ours: value}, why)
+    return Rule(theirs, lambda *_: {}, "", why)
+
+
+def _read(name: str, functions: Flat) -> tuple[Flat, Flat]:
+    """Return NAME.toml, and what its rules compute with: `functions`, else NAME.py, else this."""
+    file = Path(__file__).with_name(f"{name}.toml")
+    of_file = import_module(f"{__package__}.{name}") if file.with_suffix(".py").exists() else None
+    functions = globals() | (vars(of_file) if of_file else {}) | functions
+    texts = {key: json.dumps(one)[1:-1] for key, one in functions.items() if isinstance(one, str)}
+    return from_toml(Template(file.read_text(encoding="utf-8")).substitute(texts)), functions
+
+
+def _rules(table: Flat, functions: Flat, prefix: str = "") -> Iterator[Rule]:
+    for keys, spec in table["rules"].items():
+        if "include" in spec:
+            yield from _rules(*_read(spec["include"], functions), prefix + keys)
+        else:
+            yield _rule(" ".join(prefix + key for key in keys.split()), spec, functions)
+
+
+def read_format(name: str) -> Format:
+    table, functions = _read(name, {})
+    defaults = _read(table["defaults_of"], {})[0]["defaults"] if "defaults_of" in table else {}
+    beside = {f"--{key}": table.get(key, []) for key in ("batch", "sequence", "adapters")}
+    return Format(
+        table["name"],
+        table["source"],
+        table["recognize"],
+        table.get("command", ""),
+        [*_rules(table, functions)],
+        defaults | table.get("defaults", {}),
+        beside,
+        table.get("files", {}),
+        table.get("differs", []),
+    )
 
 
 # --- what several formats share -------------------------------------------------------------------
 
-SEQUENCE, SHARD = "parallelism.sequence_parallel_degree", "parallelism.data_parallel_shard_degree"
-REPLICATE = "parallelism.data_parallel_replicate_degree"
-FLASH = 'model.attention = "auto" takes the flash kernel of torch, or FlashAttention 3 or 4'
+TRANSFORMERS = "src/transformers/training_args.py of 5.24"
 NO_TENSOR = "no tensor parallelism: raise parallelism.sequence_parallel_degree instead"
 FP16 = "fp16 needs loss scaling: take bf16"
 OTHER_LOSSES = "docs/trainers.md has TRL's trainers in sequence parallelism"
 CPO_ALPHA = "cpo_alpha, 1 unless it is set, adds a cross-entropy that is not here"
-
-
-def attention(theirs: str) -> Rule:
-    flash = "auto fa2 fa3 flash_attn flash_attention_2 flash_attention_3 flash_attention_4"
-    names = {flash: None, "sdpa": "sdpa", "flex_attention": "flex"}
-    lost = {"eager disabled": "eager attention builds an S x S matrix"}
-    return choice(theirs, "model.attention", names, lost, FLASH)
-
-
-def dtype(theirs: str, **others: Flat) -> Rule:
-    names = {"bf16 bfloat16": "bfloat16", "fp32 float32 no": "float32"}
-    return choice(theirs, "training.param_dtype", {**names, **others}, {"fp16 float16": FP16})
-
-
 NO_DECAY = "norms and biases, which have no weight decay there, have it here"
 MIXED = "rows of all sources are one set there: set the weight of each source to its share"
 ONE_STEP_LATER = (
@@ -243,53 +302,81 @@ BF16_WEIGHTS = (
 SHARE_HELD_OUT = "one document of a hundred is held out here, whatever the share"
 
 
-def weight_decay(theirs: str, has_adapters: Callable[[Flat], bool]) -> Rule:
-    """The rule of weight decay where transformers' trainer, or its like, applies it."""
+def has_adapters(values: Flat) -> bool:
+    kind = next((values[key] for key in values["--adapters"] if key in values), None)
+    return kind not in (None, False, "", "full", "freeze")
+
+
+def weight_decay(value: Any, values: Flat) -> Flat:
+    """Weight decay where transformers' trainer, or its like, applies it."""
+    found = {"optimizer.weight_decay": value}
+    if float(value) and not has_adapters(values):  # adapters are matrices alone
+        raise Lost(NO_DECAY, found)
+    return found
+
+
+def of_adapters(value: Any, values: Flat) -> Any:
+    return value if has_adapters(values) else {}
+
+
+def targets(value: Any, values: Flat) -> Any:
+    if not has_adapters(values):
+        return {}
+    names = value if isinstance(value, list) else str(value).split(",")
+    return [] if {"all", "all-linear"} & {*names} else [*map(str.strip, names)]
+
+
+def in_list(value: Any, _: Flat) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def unless_auto(value: Any, _: Flat) -> Any:
+    return {} if value == "auto" else value
+
+
+def accumulation(steps: Any, values: Flat) -> Any:
+    """How many micro-batches a rank has in a step."""
+    if int(steps) == 1:
+        return {}
+    ranks = values["--ranks"]
+    if not ranks:
+        raise Lost("training.global_batch_size depends on the number of GPUs: give --ranks")
+    degree = max((int(values.get(key) or 1) for key in values["--sequence"]), default=1)
+    data, left = divmod(ranks, degree)
+    if left:
+        raise Lost(f"--ranks {ranks} cannot be divided by {degree} ranks of a sequence")
+    batch = int(values.get(values["--batch"]) or 1)
+    return {"training.global_batch_size": int(steps) * batch * data}
+
+
+def betas(_: Any, values: Flat) -> list[float]:
+    """AdamW's two betas; the first of all trainers is 0.9, and the second among their defaults."""
+    first, second = (
+        next((values[key] for key in (f"adam_beta{n}", f"optimizer.beta{n}") if key in values), 0.9)
+        for n in (1, 2)
+    )
+    return [float(first), float(second)]
+
+
+def unless_constant(warmup: Callable[[Any, Flat], Flat]) -> Callable[[Any, Flat], Flat]:
+    """Of a warm-up, which transformers' schedule "constant" has not."""
 
     def become(value: Any, values: Flat) -> Flat:
-        found = {"optimizer.weight_decay": value}
-        if float(value) and not has_adapters(values):  # adapters are matrices alone
-            raise Lost(NO_DECAY, found)
-        return found
+        schedules = (values.get(key) for key in _SCHEDULES)
+        return (
+            {"lr_scheduler.warmup_steps": 0} if "constant" in schedules else warmup(value, values)
+        )
 
-    return computed(theirs, "optimizer.weight_decay", become)
-
-
-def adapters(
-    rank: str, targets: str, are_trained: Callable[[Flat], bool], prefix: str = ""
-) -> list[Rule]:
-    """The rules of LoRA. rank, targets: their keys; are_trained: whether a recipe has adapters;
-    prefix: that of use_rslora and use_dora.
-    """
-
-    def rule(theirs: str, ours: str) -> Rule:
-        def become(value: Any, values: Flat) -> Flat:
-            if not are_trained(values):
-                return {}
-            if value == TWICE_THE_RANK:
-                value = 2 * int(values[rank])
-            if ours == "lora.target_modules":
-                names = value if isinstance(value, list) else str(value).split(",")
-                value = [] if {"all", "all-linear"} & {*names} else [*map(str.strip, names)]
-                if names == [OF_PEFT]:
-                    kept = {ours: ["q_proj", "v_proj"]}
-                    raise Lost("of llama, mistral, qwen and gemma they are q_proj and v_proj", kept)
-            return {ours: value}
-
-        return computed(theirs, ours, become, "of adapters")
-
-    return [
-        rule(rank, "lora.rank"),
-        rule("lora_alpha", "lora.alpha"),
-        rule("lora_dropout", "lora.dropout"),
-        rule(targets, "lora.target_modules"),
-        rule(f"{prefix}use_rslora", "lora.use_rslora"),
-        rule(f"{prefix}use_dora", "lora.use_dora"),
-    ]
+    return become
 
 
-TWICE_THE_RANK = "twice the rank"
-OF_PEFT = "those that peft chooses for the type of the model"
+_SCHEDULES = ("lr_scheduler", "lr_scheduler_type", "scheduler.name")
+
+
+def warmup_of(share: float, steps: int) -> Flat:
+    if not steps and share:
+        raise Lost("a share of steps whose number the recipe does not say")
+    return {"lr_scheduler.warmup_steps": int(share * steps)}
 
 
 def packing(packs: Any, *, streams: bool) -> Flat:
@@ -318,107 +405,3 @@ def sources(found: Sequence[tuple[Flat, str]], weights: Sequence[Any] | None = N
     if why:
         raise Lost("; ".join(why), data)
     return data
-
-
-def in_list(theirs: str, ours: str) -> Rule:
-    """Keys of a list of names, which may be one name."""
-    return computed(theirs, ours, lambda v, _: {ours: [v] if isinstance(v, str) else v})
-
-
-def accumulation(*, batch: str, sequence: Sequence[str]) -> Rule:
-    """The rule of how many micro-batches a rank has in a step.
-
-    batch, sequence: the keys of a micro-batch's size, and those that may have the degree of
-    sequence parallelism.
-    """
-
-    def become(steps: int, values: Flat) -> Flat:
-        if int(steps) == 1:
-            return {}
-        ranks = values["--ranks"]
-        if not ranks:
-            raise Lost("training.global_batch_size depends on the number of GPUs: give --ranks")
-        degree = max((int(values.get(key) or 1) for key in sequence), default=1)
-        data, left = divmod(ranks, degree)
-        if left:
-            raise Lost(f"--ranks {ranks} cannot be divided by {degree} ranks of a sequence")
-        return {"training.global_batch_size": int(steps) * int(values.get(batch) or 1) * data}
-
-    ours = "`training.global_batch_size`, with `--ranks`"
-    return computed("gradient_accumulation_steps", ours, become, "one micro-batch a step")
-
-
-def betas(first: str, second: str, *, defaults: tuple[float, float]) -> Rule:
-    """The rule of the keys of AdamW's two betas."""
-
-    def become(_: Any, values: Flat) -> Flat:
-        found = zip((first, second), defaults, strict=True)
-        return {"optimizer.betas": [float(values.get(key, beta)) for key, beta in found]}
-
-    return computed(f"{first} {second}", "optimizer.betas", become)
-
-
-def warmup(share: float, steps: int) -> Flat:
-    if not steps and share:
-        raise Lost("a share of steps whose number the recipe does not say")
-    return {"lr_scheduler.warmup_steps": int(share * steps)}
-
-
-def of_warmup(theirs: str, schedule: str, ours: str, become: Callable[[Any, Flat], Flat]) -> Rule:
-    """The rule of a warm-up, which transformers' schedule "constant" has not.
-
-    schedule: their key of the schedule.
-    """
-
-    def warmup(value: Any, values: Flat) -> Flat:
-        if values.get(schedule) == "constant":
-            return {"lr_scheduler.warmup_steps": 0}
-        return become(value, values)
-
-    return computed(theirs, ours, warmup, "constant has none")
-
-
-def zero_offload(optimizer: str, parameters: str) -> list[Rule]:
-    """The rules of the two devices that DeepSpeed may offload to."""
-
-    def rule(theirs: str, ours: str, what: str) -> Rule:
-        on_disk = {"nvme": f"{what} on a disk"}
-        return choice(theirs, f"memory.{ours}_offload", {"cpu": True, "none": None}, on_disk)
-
-    return [
-        rule(optimizer, "optimizer", "optimizer state"),
-        rule(parameters, "parameter", "parameters"),
-    ]
-
-
-def deepspeed(prefix: str) -> list[Rule]:
-    """The rules of a DeepSpeed config below a key."""
-    zero, auto = f"{prefix}.zero_optimization", "other keys say it"
-
-    def unless_auto(theirs: str, ours: str) -> Rule:
-        def become(value: Any, _: Flat) -> Flat:
-            return {} if value == "auto" else {ours: value}
-
-        return computed(f"{prefix}.{theirs}", ours, become, "auto: others say")
-
-    bf16 = {True: "bfloat16", False: None, "auto": None}
-    return [
-        needless(f"{zero}.stage", "FSDP2 shards parameters, gradients and optimizer state"),
-        *zero_offload(f"{zero}.offload_optimizer.device", f"{zero}.offload_param.device"),
-        needless(f"{zero}.*", "FSDP2 gathers one block at a time, without such a setting"),
-        needless(
-            f"{prefix}.seq_parallel_communication_data_type",
-            "the exchange keeps the dtype of activations",
-        ),
-        choice(f"{prefix}.bf16.enabled", "training.param_dtype", bf16),
-        choice(f"{prefix}.fp16.enabled", "", {False: None, "auto": None}, {True: FP16}),
-        needless(f"{prefix}.fp16.*", "there is no training in fp16"),
-        unless_auto("gradient_clipping", "training.max_norm"),
-        unless_auto("train_micro_batch_size_per_gpu", "training.local_batch_size"),
-        only(f"{prefix}.gradient_accumulation_steps", (1, "auto"), auto),
-        only(f"{prefix}.train_batch_size", ("auto",), auto),
-        needless(f"{prefix}.activation_checkpointing.*", "see activation_checkpoint.mode"),
-        needless(f"{prefix}.steps_per_print", "see metrics.log_interval"),
-        needless(f"{prefix}.wall_clock_breakdown", "see [profiling]"),
-        needless(f"{prefix}.zero_allow_* {prefix}.zero_force_*", "it is about DeepSpeed itself"),
-    ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from titan_ulysses.tools.migration import key_rules as to
-from titan_ulysses.tools.migration import training_arguments as hf
 from titan_ulysses.tools.migration.key_rules import Flat, Lost
 
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
@@ -91,13 +90,13 @@ def _names(value: Any) -> list[str]:
     return value if isinstance(value, list) else [one.strip() for one in str(value).split(",")]
 
 
-def _datasets(value: Any, values: Flat) -> Flat:
+def datasets(value: Any, values: Flat) -> Flat:
     shares = values.get("interleave_probs")
     found = [_dataset(name, values) for name in _names(value)]
     return to.sources(found, _names(shares) if shares else None)
 
 
-def _stage(_: str, values: Flat) -> Flat:
+def stage(_: str, values: Flat) -> Flat:
     value = values["stage"]
     if value in ("sft", "pt"):
         return {}
@@ -110,11 +109,20 @@ def _stage(_: str, values: Flat) -> Flat:
     return {"loss.name": name}
 
 
-def _of_preferences(ours: str, *stages: str) -> Any:
-    return lambda value, values: {ours: value} if values["stage"] in stages else {}
+def of_pairs(value: Any, values: Flat) -> Any:
+    return value if values["stage"] in ("dpo", "kto") else {}
 
 
-def _packing(value: Any, values: Flat) -> Flat:
+TWICE_THE_RANK = "twice the rank"
+
+
+def alpha(value: Any, values: Flat) -> Any:
+    return to.of_adapters(
+        2 * int(values["lora_rank"]) if value == TWICE_THE_RANK else value, values
+    )
+
+
+def packing(value: Any, values: Flat) -> Flat:
     """packing and neat_packing: those of pretraining are packed unless they say no."""
     stage, neat = values["stage"], values.get("neat_packing")
     packs = neat or (stage == "pt" if value == "of pretraining" else value)
@@ -130,109 +138,20 @@ def _packing(value: Any, values: Flat) -> Flat:
     return {"data.packing": "best_fit"}
 
 
-def _trained(_: bool, values: Flat) -> Flat:
+def trained(_: bool, values: Flat) -> Flat:
     if values["train_on_prompt"]:
         return {"data.train_on": "all"}
     return {"data.train_on": "last" if values.get("mask_history") else "assistant"}
 
 
-def _length(value: int, values: Flat) -> Flat:
+def length(value: int, values: Flat) -> Flat:
     found = {"training.seq_len": value, "data.long_documents": "split"}
     if values["stage"] == "pt" and values.get("packing") is not False:
         return found
     raise Lost(_TRUNCATED, found)
 
 
-def _is_lora(values: Flat) -> bool:
-    return bool(values["finetuning_type"] == "lora")
-
-
-def _precision(value: bool, values: Flat) -> Flat:
+def precision(value: bool, values: Flat) -> Flat:
     if value or values.get("pure_bf16"):
         return {"training.param_dtype": "bfloat16"}
     raise Lost("the dtype of config.json", {"training.param_dtype": "bfloat16"})
-
-
-LLAMA_FACTORY = to.Format(
-    "LLaMA-Factory",
-    "src/llamafactory/hparams/ and data/parser.py of 0.9.6.dev0 (ff6d4d1, August 2026); what "
-    f"stands there in neither, in {hf.SOURCE}",
-    lambda table: (
-        "model_name_or_path" in table
-        and bool({"stage", "finetuning_type", "cutoff_len", "template"} & {*table})
-    ),
-    [
-        to.same("model_name_or_path", "model.path"),
-        to.only("model_revision", ("main",), "download that revision"),
-        to.lost("adapter_name_or_path", "merge the adapter into the model first"),
-        to.needless("use_fast_tokenizer cache_dir low_cpu_mem_usage", "see HF_HOME"),
-        to.lost("trust_remote_code", "code of a model folder is never run"),
-        to.computed("stage pref_loss", "loss.name", _stage, "sft and pt are cross_entropy"),
-        to.only("finetuning_type", ("full", "lora"), "set model.freeze, or lora.rank"),
-        *to.adapters("lora_rank", "lora_target", _is_lora),
-        to.choice("quantization_bit", "lora.quantize_base", {4: "nf4"}, {8: "only 4 bits"}),
-        to.lost("use_llama_pro freeze_*", "name what is frozen in model.freeze, or model.vision"),
-        to.computed("pref_beta", "loss.beta", _of_preferences("loss.beta", "dpo", "kto")),
-        to.same("dpo_label_smoothing", "loss.label_smoothing"),
-        to.same("kto_chosen_weight", "loss.desirable_weight"),
-        to.same("kto_rejected_weight", "loss.undesirable_weight"),
-        to.same("simpo_gamma", "loss.simpo_gamma"),
-        to.same("ref_model", "loss.reference"),
-        to.computed("dataset", "`data.source`, `data.path` and others", _datasets),
-        to.needless("dataset_dir media_dir", "data.path has it"),
-        to.needless("plot_loss", "report.html has it"),
-        to.needless("interleave_probs", "weights of data.mixture"),
-        to.only("mix_strategy", ("concat", "interleave_over"), "sources begin again at their end"),
-        to.lost("eval_dataset", "name the file in validation.path"),
-        to.lost("val_size", to.SHARE_HELD_OUT),
-        to.lost("template tool_format default_system", "the tokenizer's own chat template is used"),
-        to.computed("cutoff_len", "`training.seq_len`, `data.long_documents`", _length),
-        to.computed("packing neat_packing", "data.packing", _packing),
-        to.computed("train_on_prompt mask_history", "data.train_on", _trained),
-        to.same("streaming", "data.streaming"),
-        to.needless("buffer_size overwrite_cache preprocessing_*", "chosen"),
-        to.lost("max_samples", "prepare a part of the data in advance"),
-        to.lost("disable_shuffling", "data is shuffled"),
-        to.attention("flash_attn"),
-        to.lost("rope_scaling", "set model.rope_scaling with a factor"),
-        to.lost("resize_vocab add_tokens add_special_tokens", "see model.resize_embeddings"),
-        to.choice(
-            "disable_gradient_checkpointing",
-            "activation_checkpoint.mode",
-            {True: "none", False: "full"},
-        ),
-        to.needless("use_reentrant_gc use_unsloth* use_v1_kernels", "blocks are checkpointed"),
-        to.computed("bf16", "`true`: `training.param_dtype`", _precision),
-        to.choice(
-            "pure_bf16",
-            "optimizer.stochastic_rounding",
-            {False: None},
-            {True: "master weights are in fp32, unless optimizer.stochastic_rounding"},
-        ),
-        to.same("fp8", "quantize.float8"),
-        to.same("image_max_pixels", "data.max_pixels"),
-        to.same("video_fps", "data.video_fps"),
-        to.same("video_maxlen", "data.max_frames"),
-        to.same("hyper_parallel_cp_size", to.SEQUENCE, "Ulysses in place of a ring"),
-        to.same("early_stopping_steps", "validation.patience"),
-        *hf.rules(sequence=["hyper_parallel_cp_size"], has_adapters=_is_lora),
-    ],
-    hf.DEFAULTS
-    | {
-        "stage": "sft",
-        "pref_loss": "sigmoid",
-        "pref_beta": 0.1,
-        "finetuning_type": "lora",
-        "lora_rank": 8,
-        "lora_alpha": to.TWICE_THE_RANK,
-        "lora_dropout": 0.0,
-        "lora_target": "all",
-        "dataset_dir": "data",
-        "cutoff_len": 2048,
-        "packing": "of pretraining",
-        "train_on_prompt": False,
-        "disable_gradient_checkpointing": False,
-    },
-    includes={"dataset_dir": "dataset_info", "deepspeed": "deepspeed"},
-    differs=[to.ONE_STEP_LATER],
-)
