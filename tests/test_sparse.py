@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,9 +20,9 @@ from helpers.families import FAMILIES, VERIFIED, model_of
 from helpers.models import plain_model
 from helpers.precision import kept_in_fp64
 from helpers.ranks import run_on_ranks
-from helpers.rows import Row, make_rows
+from helpers.rows import Row, local_batch, make_rows
 from helpers.runs import Settings, logged, train, write_run
-from helpers.training import Record, largest_difference, train_plain, train_sharded
+from helpers.training import Record, Run, largest_difference, train_plain, train_sharded
 from titan_ulysses.checkpoint.safetensors import save_adapters
 from titan_ulysses.config.schema import LoRA
 from titan_ulysses.distributed.errors import UserError
@@ -30,6 +31,7 @@ from titan_ulysses.model import families, hf
 from titan_ulysses.model.families import check_family
 from titan_ulysses.model.lora import add_adapters
 from titan_ulysses.model.parameter_names import is_adapter
+from titan_ulysses.train.loss import CrossEntropy
 from titan_ulysses.ulysses import indexer, sparse
 from titan_ulysses.ulysses.indexer import choose, unfreeze_indexers
 from titan_ulysses.ulysses.scores import Scores, of_documents
@@ -220,6 +222,23 @@ def calls_of(lengths: list[tuple[int, ...]]) -> tuple[int, int, list[float]]:
         finally:
             object.__setattr__(CHOSEN, "forward", kernels)
     return counts["choose"], counts["core"], record.losses
+
+
+def choices_left(family: str, options: dict[str, Any]) -> tuple[int, int]:
+    """Return how many tensors like a choice there are after forward, and after backward."""
+    rows = make_rows(LENGTHS, masked="none", vocab_size=61, seed=0)
+    run = Run((1, 1, 2), model_of(family), rows, wrap=options | {"attention": "sdpa"})
+    loss = CrossEntropy(run.model, run.mesh)
+    batch = local_batch(rows, run.mesh, run.model.sharding.stream_chunk_tokens)
+    found = loss.forward(batch, loss.count([batch]))
+
+    def choices() -> int:
+        tensors = (x for x in gc.get_objects() if type(x) is Tensor and x.dtype == torch.int32)
+        return sum(x.ndim == 3 and x.shape[-1] == SEEN for x in tensors)
+
+    after_forward = choices()
+    found.loss.backward()
+    return after_forward, choices()  # the loss is still here, and with it its graph
 
 
 # --- training the indexer -------------------------------------------------------------------------
@@ -481,11 +500,15 @@ def losses_with(mistake: Callable[[pytest.MonkeyPatch], None] | None) -> Record:
 
 def several(*_: Any) -> Any:
     records = [losses_with(mistake) for mistake in (None, *MISTAKES)]
-    return records, calls_of([(SEEN, 3, 1), (2, 2, SEEN)]), calls_of([(SEEN + 1, 3), (4, 4)])
+    left = [
+        choices_left("deepseek_v32", WHOLE | {"indexer": "joint"}),
+        choices_left("glm_moe_dsa", STREAMED | {"indexer": "joint"}),
+    ]
+    return records, left, calls_of([(SEEN, 3, 1), (2, 2, SEEN)]), calls_of([(SEEN + 1, 3), (4, 4)])
 
 
-def test_mistakes_are_found_and_short_documents_are_dense() -> None:
-    (right, *wrong), dense, sparse_ = run_on_ranks(2, several)[0]
+def test_mistakes_short_documents_and_what_is_kept() -> None:
+    (right, *wrong), left, dense, sparse_ = run_on_ranks(2, several)[0]
     expected = plain("deepseek_v32")
     expected = Record(expected.losses[:1], expected.grad_norms[:1], expected.gradients[:1])
     right.parameters = {}
@@ -493,6 +516,8 @@ def test_mistakes_are_found_and_short_documents_are_dense() -> None:
     for mistake, record in zip(MISTAKES, wrong, strict=True):
         record.parameters = {}
         assert max(largest_difference(record, expected).values()) > 1e-6, mistake.__doc__
+    # Two layers of glm_moe_dsa share a choice, which is the only one that waits for backward.
+    assert left == [(0, 0), (1, 0)]
     assert dense[:2] == (0, 0)
     assert min(sparse_[:2]) > 0
 

@@ -23,6 +23,7 @@ of the heads, the indices: 4 K bytes per token.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -86,7 +87,10 @@ def use_indexers(
     if training == "warmup":
         model.requires_grad_(False)
     found = []
-    for block in blocks:
+    for block, after in zip_longest(blocks, list(blocks)[1:]):
+        if after is None or indexers_of(after):
+            for layer in (x for x in block.modules() if hasattr(x, "indexer")):
+                layer.register_forward_hook(_without_choice)
         for layer, module in indexers_of(block):
             module.requires_grad_(training != "frozen")
             module.forward = indexer = Indexer(module, training)
@@ -99,6 +103,13 @@ def use_indexers(
             'keys. Set it to "frozen".'
         )
     return found
+
+
+def _without_choice(layer: nn.Module, args: tuple, output: tuple) -> tuple:
+    """Return the output of an attention layer without the choice that it hands on to the next one:
+    indices of all tokens, which every block would keep for its backward.
+    """
+    return *output[:2], *(None for _ in output[2:])
 
 
 def scores_to_train(layer: nn.Module) -> IndexerScores | None:

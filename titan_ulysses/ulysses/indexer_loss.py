@@ -201,32 +201,29 @@ def sum_for_owners(x: Tensor, mesh: DeviceMesh) -> Tensor:
 def with_indexer_loss(
     output: Tensor,
     scores: IndexerScores,
-    gradients: Callable[[IndexerScores], tuple[Tensor, Tensor, Tensor]],
+    gradients: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    *given: Tensor | None,
 ) -> Tensor:
     """Return the output of attention, whose backward gives queries, weights and keys of the
-    indexer the gradients that `gradients` computes.
+    indexer the gradients that `gradients(scores, *given)` computes.
     """
-    return _IndexerLoss.apply(
-        output, scores, gradients, scores.queries, scores.weights, scores.keys
-    )
+    made = scores.queries, scores.weights, scores.keys
+    own = scores.scale, scores.total, gradients
+    return _IndexerLoss.apply(output, own, *made, scores.chosen, *given)
 
 
 class _IndexerLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        output: Tensor,
-        scores: IndexerScores,
-        gradients: Callable[..., Any],
-        *made: Tensor,
-    ) -> Tensor:
-        ctx.scores, ctx.gradients = scores, gradients
-        ctx.save_for_backward(*made)
+    def forward(ctx: Any, output: Tensor, own: tuple, *tensors: Tensor | None) -> Tensor:
+        ctx.own = own
+        ctx.save_for_backward(*tensors)  # which a checkpoint does not keep
         return output.view_as(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = ctx.gradients(ctx.scores)
-        pairs = zip(found, ctx.saved_tensors, strict=True)
-        return grad, None, None, *(x.to(like.dtype) for x, like in pairs)
+        (scale, total, gradients), (q, w, k, chosen, *given) = ctx.own, ctx.saved_tensors
+        made = q, w, k
+        found = gradients(IndexerScores(*made, scale, chosen, total), *given)
+        pairs = zip(found, made, strict=True)
+        return grad, None, *(x.to(like.dtype) for x, like in pairs), None, *[None for _ in given]
