@@ -36,7 +36,7 @@ class _Tile(NamedTuple):
     keys: Tensor
     """[n, K]: the keys of each query. Where there is none, or it is a key of another call, any."""
     places: Tensor
-    """[n K], by key: where the pair is in keys [n, K]"""
+    """[n K]: where each pair of keys [n, K] is by key"""
     query_of: Tensor
     """[n K], by key"""
     key_of: Tensor
@@ -63,7 +63,7 @@ class _Tile(NamedTuple):
 
     def by_query(self, x: Tensor) -> Tensor:
         """Return numbers of the pairs, [n K] by key, as [n, K]."""
-        return torch.empty_like(x).scatter_(0, self.places, x).view(self.keys.shape)
+        return x.index_select(0, self.places).view(self.keys.shape)
 
     def sum_of_keys(self, weights: Tensor, keys: Tensor) -> Tensor:
         """Return for each query the sum of the rows of its keys [M, D] times weights [n, K]."""
@@ -93,8 +93,10 @@ def _tiles(keys: int, scores: Scores) -> Iterator[_Tile]:
         exists = (indices >= 0) & (indices < keys)
         # A pair that does not exist is in a bag of its query, so that no bag has too many of them.
         named = torch.where(exists, indices, numbers[keys:, None])
-        key_of, places = named.flatten().sort()
-        query_of = (places // indices.shape[1]).int()
+        key_of, order = named.flatten().sort()
+        query_of = (order // indices.shape[1]).int()
+        counted = torch.arange(len(order), dtype=torch.int32, device=order.device)
+        places = torch.empty_like(counted).scatter_(0, order, counted)
         bags = torch.searchsorted(key_of, numbers, out_int32=True)
         yield _Tile(queries, indices.clamp(0, keys - 1), places, query_of, key_of, bags, keys)
 
@@ -164,8 +166,9 @@ def _backward(
     for tile in _tiles(len(k), scores):
         for head, of_keys in _heads(q, k):
             at, keys, values = (tile.queries, head), k[:, of_keys], v[:, of_keys]
-            sums = _finite(lse[head, tile.queries])[tile.query_of]
-            dots = (grad[at].to(lse.dtype) * output[at].to(lse.dtype)).sum(dim=-1)[tile.query_of]
+            sums = _finite(lse[head, tile.queries]).index_select(0, tile.query_of)
+            dots = (grad[at].to(lse.dtype) * output[at].to(lse.dtype)).sum(dim=-1)
+            dots = dots.index_select(0, tile.query_of)
             weights = tile.scores(q[at], keys, scores.scale).sub_(sums).exp_()
             slopes = tile.dots(grad[at], values).sub_(dots).mul_(weights).mul_(scores.scale)
             dq[at] = tile.sum_of_keys(tile.by_query(slopes), keys)
