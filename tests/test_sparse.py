@@ -71,8 +71,8 @@ def test_the_choice_is_that_of_all_scores_at_once(
     ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With tiles and blocks of keys that divide nothing, in the slices of any rank."""
-    monkeypatch.setattr(indexer, "_BLOCK", 5)
-    monkeypatch.setattr(indexer, "_TILE_NUMBERS", 32 * 5 * 7)
+    monkeypatch.setattr(indexer, "BLOCK", 5)
+    monkeypatch.setattr(indexer, "TILE_NUMBERS", 32 * 5 * 7)
     q, w, k, scores = scored(tuple(LENGTHS), torch.Generator().manual_seed(0))
     finite = scores[scores > -torch.inf]
     assert len(finite.unique()) == len(finite), "equal scores, of which any may be taken"

@@ -36,15 +36,11 @@ from transformers import PreTrainedModel
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.parts import visited
 from titan_ulysses.distributed.sequence import Documents
-from titan_ulysses.ulysses.indexer_loss import IndexerScores
+from titan_ulysses.ulysses.indexer_loss import BLOCK, TILE_NUMBERS, IndexerScores
 from titan_ulysses.ulysses.scores import visible_keys
 
 INDEXED = "indexed_attention"
 """The type of layers with an indexer, as configs name it."""
-_BLOCK = 2048
-"""Keys of a tile."""
-_TILE_NUMBERS = 2**24
-"""The most scores of a tile, over all heads: 64 MiB in fp32."""
 
 
 def indexers_of(block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
@@ -162,7 +158,7 @@ class Indexer:
             return hidden.new_empty(*hidden.shape[:2], 0, dtype=torch.int32)
         tokens = hidden.shape[1]
         start = extent.start + mesh.get_local_rank() * tokens
-        queries, weights = seen.queries, seen.weights
+        queries, weights = seen.factors()
         chosen = hidden.new_empty(*hidden.shape[:2], 0, dtype=torch.int32)
         if not is_dense:
             chosen = choose(queries, weights, seen.scale, blocks, start, ulysses.documents, count)
@@ -212,23 +208,15 @@ class _Products(TorchFunctionMode):
             self.scale, self._scores = args[1], None
         return result
 
-    @property
-    def queries(self) -> Tensor:
-        """[B, T, H, D]"""
-        return self._of(0)
-
-    @property
-    def weights(self) -> Tensor:
-        """[B, T, H]"""
-        return self._of(1)[..., 0, :]
-
-    def _of(self, index: int) -> Tensor:
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return the queries [B, T, H, D] and the weights [B, T, H]."""
         if len(self._factors) != 2:
             raise UserError(
                 "model: its indexer does not score keys as DeepSeek-V3.2's does, which is the only "
                 "kind that this version knows."
             )
-        return self._factors[index]
+        queries, weights = self._factors
+        return queries, weights[..., 0, :]
 
 
 @torch.no_grad()
@@ -249,7 +237,7 @@ def choose(
     rows, tokens, heads = queries.shape[:3]
     best = queries.new_full((rows, tokens, count), -torch.inf)
     found = torch.full_like(best, -1, dtype=torch.int32)
-    size = max(1, _TILE_NUMBERS // (heads * _BLOCK))
+    size = max(1, TILE_NUMBERS // (heads * BLOCK))
     tiles = list[tuple[int, slice, int]]()  # row, queries, the first key of their document
     for row, lengths in enumerate(documents):
         seen, n, m = visible_keys(lengths, start, start + tokens, None)
@@ -265,8 +253,8 @@ def choose(
         for row, tile, first_key in visited(tiles, "growing"):
             own = slice(tile.start - start, tile.stop - start)
             first, last = max(first_key, held.start), min(tile.stop, held.stop)
-            for x in visited([*range(first, last, _BLOCK)]):
-                part = slice(x, min(x + _BLOCK, last))
+            for x in visited([*range(first, last, BLOCK)]):
+                part = slice(x, min(x + BLOCK, last))
                 of_part = keys[row, part.start - held.start : part.stop - held.start]
                 scores = torch.matmul(queries[row, own], of_part.t().float()).mul_(scale).relu_()
                 scores = torch.matmul(weights[row, own, None], scores)[:, 0]

@@ -110,12 +110,11 @@ def summed_weights(q: Tensor, k: Tensor, scores: Scores, lse: Tensor | None = No
     wide = torch.promote_types(q.dtype, torch.float32)
     assert scores.chosen is not None
     sums = torch.zeros_like(scores.chosen, dtype=wide)
-    for tile in _tiles(len(k), scores):
-        for head, of_keys in _heads(q, k):
-            found = tile.scores(q[tile.queries, head], k[:, of_keys], scores.scale)
-            found = tile.by_query(found)
-            total = found.logsumexp(dim=-1) if lse is None else lse[head, tile.queries]
-            sums[tile.queries] += found.sub_(_finite(total)[:, None]).exp_()
+    for tile, head, of_keys in _tiles_of_heads(q, k, scores):
+        at = tile.queries
+        found = tile.by_query(tile.scores(q[at, head], k[:, of_keys], scores.scale))
+        total = found.logsumexp(dim=-1) if lse is None else lse[head, at]
+        sums[at] += found.sub_(_finite(total)[:, None]).exp_()
     return sums
 
 
@@ -129,24 +128,24 @@ def weights_of_all(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
     return scores.flatten(0, 1).sub_(lse[..., None]).exp_().sum(dim=0)
 
 
-def _heads(q: Tensor, k: Tensor) -> Iterator[tuple[int, int]]:
-    """Yield each head of the queries with that of its keys."""
-    return ((x, x * k.shape[1] // q.shape[1]) for x in visited([*range(q.shape[1])]))
+def _tiles_of_heads(q: Tensor, k: Tensor, scores: Scores) -> Iterator[tuple[_Tile, int, int]]:
+    """Yield each tile with each head of the queries, and that of its keys."""
+    for tile in _tiles(len(k), scores):
+        for head in visited([*range(q.shape[1])]):
+            yield tile, head, head * k.shape[1] // q.shape[1]
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     output = q.new_empty(*q.shape[:2], v.shape[-1])
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=wide)
-    for tile in _tiles(len(k), scores):
-        for head, of_keys in _heads(q, k):
-            found = tile.scores(q[tile.queries, head], k[:, of_keys], scores.scale)
-            found = tile.by_query(found)
-            sums = found.logsumexp(dim=-1)
-            # A query without a key here has the sum -inf and no weights.
-            weights = found.sub_(_finite(sums)[:, None]).exp_()
-            output[tile.queries, head] = tile.sum_of_keys(weights, v[:, of_keys])
-            lse[head, tile.queries] = sums
+    for tile, head, of_keys in _tiles_of_heads(q, k, scores):
+        at = tile.queries
+        found = tile.by_query(tile.scores(q[at, head], k[:, of_keys], scores.scale))
+        lse[head, at] = sums = found.logsumexp(dim=-1)
+        # A query without a key here has the sum -inf and no weights.
+        weights = found.sub_(_finite(sums)[:, None]).exp_()
+        output[at, head] = tile.sum_of_keys(weights, v[:, of_keys])
     return output, lse
 
 
@@ -163,17 +162,16 @@ def _backward(
     dv: Tensor,
 ) -> Tensor:
     dq = torch.empty_like(q)
-    for tile in _tiles(len(k), scores):
-        for head, of_keys in _heads(q, k):
-            at, keys, values = (tile.queries, head), k[:, of_keys], v[:, of_keys]
-            sums = _finite(lse[head, tile.queries]).index_select(0, tile.query_of)
-            dots = (grad[at].to(lse.dtype) * output[at].to(lse.dtype)).sum(dim=-1)
-            dots = dots.index_select(0, tile.query_of)
-            weights = tile.scores(q[at], keys, scores.scale).sub_(sums).exp_()
-            slopes = tile.dots(grad[at], values).sub_(dots).mul_(weights).mul_(scores.scale)
-            dq[at] = tile.sum_of_keys(tile.by_query(slopes), keys)
-            tile.add_queries(dk[:, of_keys], slopes, q[at])
-            tile.add_queries(dv[:, of_keys], weights, grad[at])
+    for tile, head, of_keys in _tiles_of_heads(q, k, scores):
+        at, keys, values = (tile.queries, head), k[:, of_keys], v[:, of_keys]
+        sums = _finite(lse[head, tile.queries]).index_select(0, tile.query_of)
+        dots = (grad[at].to(lse.dtype) * output[at].to(lse.dtype)).sum(dim=-1)
+        dots = dots.index_select(0, tile.query_of)
+        weights = tile.scores(q[at], keys, scores.scale).sub_(sums).exp_()
+        slopes = tile.dots(grad[at], values).sub_(dots).mul_(weights).mul_(scores.scale)
+        dq[at] = tile.sum_of_keys(tile.by_query(slopes), keys)
+        tile.add_queries(dk[:, of_keys], slopes, q[at])
+        tile.add_queries(dv[:, of_keys], weights, grad[at])
     return dq
 
 
