@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,9 @@ from helpers.families import FAMILIES, VERIFIED, model_of
 from helpers.models import plain_model
 from helpers.precision import kept_in_fp64
 from helpers.ranks import run_on_ranks
-from helpers.rows import Row, make_rows
+from helpers.rows import Row, local_batch, make_rows
 from helpers.runs import Settings, logged, train, write_run
-from helpers.training import Record, largest_difference, train_plain, train_sharded
+from helpers.training import Record, Run, largest_difference, train_plain, train_sharded
 from titan_ulysses.checkpoint.safetensors import save_adapters
 from titan_ulysses.config.schema import LoRA
 from titan_ulysses.distributed.errors import UserError
@@ -29,7 +31,9 @@ from titan_ulysses.distributed.seeds import seed_of
 from titan_ulysses.model import families, hf
 from titan_ulysses.model.families import check_family
 from titan_ulysses.model.lora import add_adapters
+from titan_ulysses.model.nf4 import dequantize, quantize, quantize_base
 from titan_ulysses.model.parameter_names import is_adapter
+from titan_ulysses.train.loss import CrossEntropy
 from titan_ulysses.ulysses import indexer, sparse
 from titan_ulysses.ulysses.indexer import choose, unfreeze_indexers
 from titan_ulysses.ulysses.scores import Scores, of_documents
@@ -67,8 +71,8 @@ def test_the_choice_is_that_of_all_scores_at_once(
     ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With tiles and blocks of keys that divide nothing, in the slices of any rank."""
-    monkeypatch.setattr(indexer, "_BLOCK", 5)
-    monkeypatch.setattr(indexer, "_TILE_NUMBERS", 32 * 5 * 7)
+    monkeypatch.setattr(indexer, "BLOCK", 5)
+    monkeypatch.setattr(indexer, "TILE_NUMBERS", 32 * 5 * 7)
     q, w, k, scores = scored(tuple(LENGTHS), torch.Generator().manual_seed(0))
     finite = scores[scores > -torch.inf]
     assert len(finite.unique()) == len(finite), "equal scores, of which any may be taken"
@@ -222,6 +226,23 @@ def calls_of(lengths: list[tuple[int, ...]]) -> tuple[int, int, list[float]]:
     return counts["choose"], counts["core"], record.losses
 
 
+def choices_left(family: str, options: dict[str, Any]) -> tuple[int, int]:
+    """Return how many tensors like a choice there are after forward, and after backward."""
+    rows = make_rows(LENGTHS, masked="none", vocab_size=61, seed=0)
+    run = Run((1, 1, 2), model_of(family), rows, wrap=options | {"attention": "sdpa"})
+    loss = CrossEntropy(run.model, run.mesh)
+    batch = local_batch(rows, run.mesh, run.model.sharding.stream_chunk_tokens)
+    found = loss.forward(batch, loss.count([batch]))
+
+    def choices() -> int:
+        tensors = (x for x in gc.get_objects() if type(x) is Tensor and x.dtype == torch.int32)
+        return sum(x.ndim == 3 and x.shape[-1] == SEEN for x in tensors)
+
+    after_forward = choices()
+    found.loss.backward()
+    return after_forward, choices()  # the loss is still here, and with it its graph
+
+
 # --- training the indexer -------------------------------------------------------------------------
 
 
@@ -269,8 +290,11 @@ def divergence(plain: PreTrainedModel, labels: Tensor) -> Tensor:
     return total
 
 
+ADAPTERS = ["q_b_proj", "kv_b_proj", "o_proj"]
+
+
 def add(model: PreTrainedModel) -> None:
-    add_adapters(model, LoRA(rank=3, target_modules=["q_b_proj", "kv_b_proj", "o_proj"]))
+    add_adapters(model, LoRA(rank=3, target_modules=ADAPTERS))
     unfreeze_indexers(model.model.layers)
 
 
@@ -284,35 +308,59 @@ def fill(model: PreTrainedModel) -> None:
             hf.fill(parameter, 0.3 * torch.randn(shape, generator=generator, dtype=dtype))
 
 
-ADAPTED = {**WHOLE, "prepare": add, "fill": fill}
+def add_to_nf4(model: PreTrainedModel) -> None:
+    """Projections of hidden states, and half of each expert: other rows are no multiple of 64."""
+    add(model)
+    assert quantize_base(model.model.layers) == 2 * 2 + 2 + 3
 
 
-def fill_and_watch(plain: PreTrainedModel) -> None:
-    fill(plain)
-    watch(plain)
+@torch.no_grad()
+def round_base(model: PreTrainedModel) -> None:
+    for name, p in model.named_parameters():
+        is_matrix = p.ndim > 1 and p.shape[-1] % 64 == 0 and "model.layers" in name
+        if is_matrix and not p.requires_grad and not name.endswith("gate.weight"):
+            dequantize(quantize(p), p)
 
 
-def watch_indexers_alone(plain: PreTrainedModel) -> None:
-    watch(plain)
-    for name, parameter in plain.named_parameters():
-        parameter.requires_grad_(".indexer." in name)
+ADAPTED = {"prepare": add, "fill": fill}
+QUANTIZED = {"prepare": add_to_nf4, "fill": fill}
+
+
+def table_of(family: str, prepare: Any, count: int) -> dict[str, Any]:
+    wide = {"hidden_size": 64} if prepare is add_to_nf4 else {}
+    return model_of(family) | wide | {"index_topk": count}
 
 
 @lru_cache
 def plain_trained(family: str, training: str, count: int, prepare: Any) -> Record:
-    fill = watch_indexers_alone if training == "warmup" else fill_and_watch if prepare else watch
-    table = model_of(family) | {"index_topk": EVERY if training == "warmup" else count}
-    arguments = train_plain, table, steps(), torch.float64
-    return kept_in_fp64(*arguments, prepare=prepare, fill=fill, more=divergence)
+    def begin(plain: PreTrainedModel) -> None:
+        if prepare is add_to_nf4:
+            round_base(plain)
+        fill(plain)  # adapters, if there are any
+        watch(plain)
+        for name, parameter in plain.named_parameters():
+            if training == "warmup":
+                parameter.requires_grad_(".indexer." in name)
+
+    table = table_of(family, prepare, EVERY if training == "warmup" else count)
+    how = {"prepare": prepare and add, "fill": begin, "more": divergence}
+    return kept_in_fp64(train_plain, table, steps(), torch.float64, **how)
 
 
 @pytest.mark.parametrize(
     ("family", "mesh", "options", "training", "count"),
     [
-        ("deepseek_v32", (1, 1, 2), ADAPTED, "joint", SEEN),
+        ("deepseek_v32", (1, 1, 2), STREAMED | QUANTIZED, "joint", SEEN),
         ("deepseek_v32", (1, 1, 3), WHOLE, "joint", EVERY),
         ("glm_moe_dsa", (1, 1, 3), OFF_DEVICE, "joint", SEEN),
-        ("deepseek_v32", (1, 2, 2), STREAMED, "warmup", SEEN),
+        ("deepseek_v32", (1, 2, 2), STREAMED | ADAPTED, "warmup", SEEN),
+    ]
+    + [
+        pytest.param("deepseek_v32", (1, 1, 2), *case, SEEN, marks=pytest.mark.slow)
+        for case in product(
+            (WHOLE | ADAPTED, STREAMED | ADAPTED, WHOLE | QUANTIZED, STREAMED | QUANTIZED),
+            ("warmup", "joint"),
+        )
     ]
     + [
         pytest.param(*case, training, SEEN, marks=pytest.mark.slow)
@@ -325,14 +373,14 @@ def test_trained_indexers(
     family: str, mesh: tuple[int, int, int], options: dict[str, Any], training: str, count: int
 ) -> None:
     """Every gradient, of indexers and of the others, is that of dense scores in one process."""
-    table = model_of(family) | {"index_topk": count}
+    table = table_of(family, options.get("prepare"), count)
     arguments = train_sharded, mesh, table, steps(), torch.float64
     options = options | {"attention": "sdpa", "indexer": training}
     found = run_on_ranks(math.prod(mesh), kept_in_fp64, *arguments, **options)[0]
     expected = plain_trained(family, training, count, options.get("prepare"))
     trained = [".indexer." in name for name in expected.gradients[0]]
     assert any(trained) and all(trained) == (training == "warmup")
-    if "prepare" in options:
+    if "prepare" in options:  # and with QUANTIZED, beside the same rounded weights
         assert all(".indexer." in x or is_adapter(x) for x in expected.gradients[0])
     worst = largest_difference(found, expected)
     assert max(worst.values()) < 1e-12, {k: v for k, v in worst.items() if v >= 1e-12}
@@ -361,8 +409,14 @@ def test_peft_opens_adapters_with_the_trained_indexers(tmp_path: Path) -> None:
 
 
 def two_stages(folder: Path) -> None:
-    """By TOML: a warm-up; from its export the joint stage, at once and in two runs."""
-    table = {**model_of("deepseek_v32"), "vocab_size": 257, "max_position_embeddings": 128}
+    """By TOML: a warm-up; from its export the joint stage, at once, in two runs, and by adapters of
+    a base in NF4.
+    """
+    table = {
+        **table_of("deepseek_v32", add_to_nf4, SEEN),
+        "vocab_size": 257,
+        "max_position_embeddings": 128,
+    }
     common: Settings = {
         "model.config": table,
         "parallelism.sequence_parallel_degree": 2,
@@ -386,6 +440,8 @@ def two_stages(folder: Path) -> None:
     train(folder / "run.toml", joint | {"job.name": "whole", "training.steps": 4})
     for steps in (2, 4):
         train(folder / "run.toml", joint | {"job.name": "resumed", "training.steps": steps})
+    adapters = {"lora.rank": 3, "lora.quantize_base": "nf4", "lora.target_modules": ADAPTERS}
+    train(folder / "run.toml", joint | adapters | {"job.name": "nf4", "training.steps": 4})
 
 
 @pytest.mark.slow  # test_every_key runs both settings, and the gradients are compared above
@@ -400,6 +456,9 @@ def test_a_warm_up_and_a_joint_stage_by_toml(tmp_path: Path) -> None:
     assert [line["indexer_loss_by_layer"].keys() for line in warmup] == [{"0", "1"}] * 6
     for name in ("loss", "grad_norm", "indexer_loss"):
         assert [line[name] for line in resumed] == [line[name] for line in whole], name
+    adapted = logged(tmp_path / "outputs" / "nf4")
+    assert adapted[0]["indexer_loss"] == pytest.approx(whole[0]["indexer_loss"], rel=0.1)
+    assert adapted[-1]["indexer_loss"] < adapted[0]["indexer_loss"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "outputs" / "whole" / "export")
     assert model.config.model_type == "deepseek_v32"
 
@@ -481,11 +540,15 @@ def losses_with(mistake: Callable[[pytest.MonkeyPatch], None] | None) -> Record:
 
 def several(*_: Any) -> Any:
     records = [losses_with(mistake) for mistake in (None, *MISTAKES)]
-    return records, calls_of([(SEEN, 3, 1), (2, 2, SEEN)]), calls_of([(SEEN + 1, 3), (4, 4)])
+    left = [
+        choices_left("deepseek_v32", WHOLE | {"indexer": "joint"}),
+        choices_left("glm_moe_dsa", STREAMED | {"indexer": "joint"}),
+    ]
+    return records, left, calls_of([(SEEN, 3, 1), (2, 2, SEEN)]), calls_of([(SEEN + 1, 3), (4, 4)])
 
 
-def test_mistakes_are_found_and_short_documents_are_dense() -> None:
-    (right, *wrong), dense, sparse_ = run_on_ranks(2, several)[0]
+def test_mistakes_short_documents_and_what_is_kept() -> None:
+    (right, *wrong), left, dense, sparse_ = run_on_ranks(2, several)[0]
     expected = plain("deepseek_v32")
     expected = Record(expected.losses[:1], expected.grad_norms[:1], expected.gradients[:1])
     right.parameters = {}
@@ -493,6 +556,8 @@ def test_mistakes_are_found_and_short_documents_are_dense() -> None:
     for mistake, record in zip(MISTAKES, wrong, strict=True):
         record.parameters = {}
         assert max(largest_difference(record, expected).values()) > 1e-6, mistake.__doc__
+    # Two layers of glm_moe_dsa share a choice, which is the only one that waits for backward.
+    assert left == [(0, 0), (1, 0)]
     assert dense[:2] == (0, 0)
     assert min(sparse_[:2]) > 0
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 import published
@@ -198,8 +199,6 @@ def experts() -> Iterator[list[str]]:
 
 
 SPARSE = {
-    # transformers' defaults are the numbers of deepseek-ai/DeepSeek-V3.2-Exp.
-    "model.config": {"model_type": "deepseek_v32"},
     "lora.rank": 16,
     "lora.quantize_base": "nf4",
     "lora.target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
@@ -215,14 +214,18 @@ _OF_LAYERS = ("gathered parameters", "checkpoints")
 
 
 def indexers() -> Iterator[list[str]]:
-    """QLoRA of a whole model with learned sparse attention."""
-    for gpus, gpu in ((8, "H200"), (32, "H100-80GB")):
-        plan = planned(QWEN, SPARSE | {"plan.gpu": gpu, "plan.world_size": gpus})
-        assert plan.fits, gpu
+    """QLoRA of whole models with learned sparse attention: DeepSeek-V3.2-Exp and GLM-5, whose
+    numbers are transformers' defaults.
+    """
+    runs = product(("deepseek_v32", "glm_moe_dsa"), ((8, "H200"), (32, "H100-80GB")))
+    for model, (gpus, gpu) in runs:
+        run = {"model.config": {"model_type": model}, "plan.gpu": gpu, "plan.world_size": gpus}
+        plan = planned(QWEN, SPARSE | run)
+        assert plan.fits, (model, gpu)
         memory = [plan.peak.components[x] for x in ("parameters", *_OF_LAYERS)]
         seconds = [plan.time.parts[x] for x in ("indexer", "sparse attention")]
         seconds.append(plan.time.seconds)
-        cells = [f"{gpus} x {gpu}", gib(plan.gpu_bytes), *map(gib, memory)]
+        cells = [model, f"{gpus} x {gpu}", gib(plan.gpu_bytes), *map(gib, memory)]
         yield [*cells, *map(time_text, seconds)]
 
 
@@ -257,7 +260,7 @@ TABLES = {
     ),
     "indexers": Table(
         "docs/models-and-cores.md",
-        "| GPUs | a GPU | weights | gathered | blocks' inputs | indexers | attention | a step |",
+        "| | GPUs | a GPU | weights | gathered | inputs | indexers | attention | a step |",
         indexers,
     ),
     "hour": Table("docs/streaming.md", "| kernel | tokens | a step | host GiB |", hour),

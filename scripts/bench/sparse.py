@@ -5,14 +5,17 @@
 
 A streamed step of a model of one block with an indexer (deepseek_v32, whose queries read 256 keys),
 and of the same block without one (deepseek_v3). Each length has a process of its own for the peak
-of its anonymous memory, and one whose allocator keeps memory for the CPU seconds: those of the
-attention kernels, and those of the indexer's scores. Where dense attention takes as long as sparse
-attention alone is found by its growth with the square of the length, from the longest pair.
+of its anonymous memory. CPU seconds are those of the attention kernels, and those of the indexer's
+scores, in one process whose allocator keeps memory. In it the lengths take turns, and of the steps
+of a length the one with the least seconds counts, since other programs only add to them. Where
+dense attention takes as long as sparse attention alone is found by its growth with the square of
+the length, from the longest pair.
 """
 
 from __future__ import annotations
 
 import time
+from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -36,8 +39,8 @@ INDEXER = {"model_type": "deepseek_v32", "index_topk": 256, "index_n_heads": 4}
 MODELS = {"dense": MODEL, "sparse": MODEL | INDEXER | {"index_head_dim": 32}}
 
 
-def step_of(kind: str, tokens: int, chunk: int) -> dict[str, Any]:
-    """On a rank: return what a step takes, after one of a short sequence."""
+def steps_of(kind: str, lengths: list[int], chunk: int) -> list[dict[str, Any]]:
+    """On a rank: return what a step of each length takes, after one of a short sequence."""
     import torch
 
     from titan_ulysses.ulysses import indexer
@@ -65,10 +68,13 @@ def step_of(kind: str, tokens: int, chunk: int) -> dict[str, Any]:
     memory = {"stream_chunk_tokens": chunk}
     step = training_step(MODELS[kind], attention=core, memory=memory)
     step(2 * chunk)
-    seconds.clear()
-    found = measure(step, [tokens])
-    found["memory"] = found["anonymous"] - found["before_anonymous"]
-    return found | seconds
+    found = []
+    for tokens in lengths:
+        seconds.clear()
+        one = measure(step, [tokens])
+        one["memory"] = one["anonymous"] - one["before_anonymous"]
+        found.append(one | seconds)
+    return found
 
 
 def main() -> None:
@@ -76,14 +82,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384, 32768])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a streamed chunk")
+    parser.add_argument("--repeats", type=int, default=2, help="steps of each length")
     args = parser.parse_args()
     print("one block of width 256, fp32, 256 keys a query, a thread a rank")
     for ranks in args.ranks:
-        found = {
-            (kind, tokens): one_step(kind, tokens, ranks, args.chunk)
-            for kind in MODELS
-            for tokens in args.tokens
-        }
+        found: dict[tuple[str, int], dict[str, float]] = {}
+        for kind in MODELS:
+            of_kind = of_lengths(kind, ranks, args)
+            found |= {(kind, tokens): x for tokens, x in zip(args.tokens, of_kind, strict=True)}
         first, last = args.tokens[0], args.tokens[-1]
         for (kind, tokens), x in found.items():
             print(
@@ -103,15 +109,24 @@ def main() -> None:
         )
 
 
-def one_step(kind: str, tokens: int, ranks: int, chunk: int) -> dict[str, float]:
-    """Return seconds and bytes of a rank: the mean of the ranks' seconds, the largest memory."""
-    found: dict[str, float] = {}
-    for allocator, names in ((ALLOCATOR, ["memory"]), (CACHING, ["attention", "indexer"])):
-        given, what = (kind, tokens, chunk), f"{kind}, {tokens:,} tokens"
-        of_ranks = child(step_of, *given, ranks=ranks, minutes=15, env=allocator, what=what)
-        for name in names:
-            values = [x.get(name, 0.0) for x in of_ranks]
-            found[name] = max(values) if name == "memory" else sum(values) / ranks
+def of_lengths(kind: str, ranks: int, args: Namespace) -> list[dict[str, float]]:
+    """Return seconds and bytes of a rank for each length: the mean of the ranks' seconds in the
+    step that has the least, and the largest memory.
+    """
+
+    def measured(lengths: list[int], env: dict[str, str]) -> list[list[dict[str, float]]]:
+        given, what = (kind, lengths, args.chunk), f"{kind}, {lengths} tokens"
+        return child(steps_of, *given, ranks=ranks, minutes=30, env=env, what=what)
+
+    lengths, found = args.tokens, []
+    steps = [*zip(*measured(lengths * args.repeats, CACHING), strict=True)]
+    for i, tokens in enumerate(lengths):
+        memory = max(x["memory"] for (x,) in measured([tokens], ALLOCATOR))
+        of_steps = [
+            {name: sum(x.get(name, 0.0) for x in step) / ranks for name in ("attention", "indexer")}
+            for step in steps[i :: len(lengths)]
+        ]
+        found.append({"memory": memory} | min(of_steps, key=lambda x: x["attention"]))
     return found
 
 

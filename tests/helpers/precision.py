@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers.training import Record
+from titan_ulysses.model import nf4
 
 _NAME_A_DTYPE: list[tuple[Any, tuple[str, ...]]] = [
     (Tensor, ("to", "type", "softmax", "log_softmax", "sum", "mean", "cumsum")),
@@ -37,7 +39,15 @@ def keep_fp64() -> Iterator[None]:
                 patch.setattr(owner, name, _kept(getattr(owner, name)))
         to_float = Tensor.float
         patch.setattr(Tensor, "float", lambda x: x if x.dtype is torch.float64 else to_float(x))
+        patch.setattr(nf4, "_quantize_rows", partial(_with_float, to_float, nf4._quantize_rows))
         yield
+
+
+def _with_float(to_float: Any, quantize: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """What is stored in bytes is made of fp32 numbers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "float", to_float)
+        return quantize(rows)
 
 
 def _kept(function: Callable[..., Any]) -> Callable[..., Any]:

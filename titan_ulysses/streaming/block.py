@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from contextvars import copy_context
+from copy import copy
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -103,8 +104,6 @@ class _StreamedCall:
         self.parameters = list(streamed.block.parameters())
         self.device = self.sequences.device_of(hidden)
         """that the block computes on"""
-        self.extra: list[Tensor] = []
-        """Tensors of int [B, t, ...] that the block returned beside its output, of the last run."""
         self.random: dict[int, Tensor] = {}
         """By chunk, the state of the random numbers before it; empty if none are drawn."""
         self.span: AttentionSpan | None = None  # what the block's attention reads; see `forward`
@@ -147,11 +146,12 @@ class _StreamedCall:
 
     def run(
         self, extent: ChunkForward, hidden: Tensor, then: Chunk | None, *, needs_input: bool = False
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Call the original block with the arguments of a chunk.
 
-        then: the chunk whose arguments are needed next. Returns the output, and the hidden states
-        and other arguments that it can be differentiated by.
+        then: the chunk whose arguments are needed next. Returns the output and the tensors of int
+        [B, t, ...] beside it, and the hidden states and other arguments that the output can be
+        differentiated by.
         """
         chunk, leaves = extent.chunk, []
         x = self.read(hidden, chunk, then).detach()
@@ -171,18 +171,17 @@ class _StreamedCall:
         with computing([chunk]), same_numbers:
             return extent.run(lambda: self._block(inputs[0], args, kwargs)), inputs
 
-    def _block(self, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        output = self.streamed.forward(hidden, *args, **kwargs)
+    def _block(self, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
+        output, extra = self.streamed.forward(hidden, *args, **kwargs), list[Tensor | None]()
         if isinstance(output, tuple) and all(map(_is_extra, output[1:])):
             output, *extra = output
             self.streamed.extra_outputs = tuple(x is not None for x in extra)
-            self.extra = [x for x in extra if x is not None]
         if not isinstance(output, Tensor):
             raise UserError(
                 f"memory.stream_chunk_tokens: {type(self.streamed.block).__name__} returns more "
                 'than its hidden state and indices. Set memory.stream_chunk_tokens = "off".'
             )
-        return output
+        return [output, *(x for x in extra if x is not None)]
 
     # --- forward ----------------------------------------------------------------------------------
 
@@ -200,8 +199,7 @@ class _StreamedCall:
         before, outputs = rng_state(self.device), list[Tensor]()
         for chunk, then in visited_with_next(self.chunks, "growing"):
             self.random[chunk.index] = rng_state(self.device)
-            y, _ = self.run(ChunkForward(sweep, chunk), hidden, then)
-            values = [y, *self.extra]
+            values, _ = self.run(ChunkForward(sweep, chunk), hidden, then)
             if not outputs:
                 shapes = [(*hidden.shape[:2], *x.shape[2:]) for x in values]
                 outputs = [
@@ -247,13 +245,13 @@ class _StreamedCall:
             # Its own keys are known if a later chunk has read them.
             known = any(self._first_read(x) <= chunk.index for x in self._after(chunk))
             again = ChunkBackward(sweep, chunk, keys_known=known)
-            y, inputs = self.run(again, hidden, then, needs_input=needs[0])
+            (y, *_), inputs = self.run(again, hidden, then, needs_input=needs[0])
             inputs += self.parameters
             gradient_of_y = self.read(upstream, chunk, then)
             found = torch.autograd.grad(
                 y, [inputs[i] for i in wanted], gradient_of_y, allow_unused=True
             )
-            del y, inputs
+            del y, _, inputs
             for i, gradient in zip(wanted, found, strict=True):
                 if i == 0:
                     sequences.write(upstream, chunk.local, gradient)
@@ -310,19 +308,25 @@ class _StreamedFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: _StreamedCall, hidden: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.call = call
-        ctx.save_for_backward(hidden)
         ctx.autocast = autocast_state(call.device.type)
         # What is computed again runs in the context of this forward (see model/router.py).
         ctx.variables = copy_context()
         output, *extra = call.forward(hidden)
         ctx.mark_non_differentiable(*extra)
+        # The graph of all blocks keeps the call to the end of the step, but not what is saved here.
+        tensors = [x if isinstance(x, Tensor) else None for x in call.leaves]
+        ctx.save_for_backward(hidden, *tensors)
+        call.leaves = [None if isinstance(x, Tensor) else x for x in call.leaves]
         return output, *extra
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor, *_: Tensor):
-        (hidden,) = ctx.saved_tensors
+        hidden, *tensors = ctx.saved_tensors
+        call = copy(ctx.call)
+        pairs = zip(call.leaves, tensors, strict=True)
+        call.leaves = [own if tensor is None else tensor for own, tensor in pairs]
         with ctx.autocast:
             return None, *ctx.variables.run(
-                ctx.call.backward, hidden, upstream, ctx.needs_input_grad[1:]
+                call.backward, hidden, upstream, ctx.needs_input_grad[1:]
             )

@@ -145,7 +145,7 @@ class ChunkForward(Extent):
         self.held = chunk.whole
         """The tokens of the chunk whose queries read the keys next."""
 
-    def run(self, block: Callable[[], Tensor]) -> Tensor:
+    def run(self, block: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Call the block."""
         with torch.no_grad():
             return block()
@@ -294,7 +294,7 @@ class ChunkKeys(ChunkForward):
         super().__init__(sweep, chunk)
         self.held = reader.whole
 
-    def run(self, block: Callable[[], Tensor]) -> None:  # type: ignore[override]
+    def run(self, block: Callable[[], list[Tensor]]) -> None:  # type: ignore[override]
         with torch.no_grad(), suppress(self._Known):
             block()
 
@@ -313,7 +313,7 @@ class ChunkBackward(ChunkForward):
         super().__init__(sweep, chunk)
         self.keys_known = keys_known
 
-    def run(self, block: Callable[[], Tensor]) -> Tensor:
+    def run(self, block: Callable[[], list[Tensor]]) -> list[Tensor]:
         with torch.enable_grad(), without_output():
             return block()
 

@@ -85,14 +85,13 @@ class Extent:
             (q,), k, v = sequence_to_heads(q, k, v, plan)
         rank = mesh.get_local_rank() if mesh.size() > 1 else 0
         output = _local_heads(core, q, k, v, layer, plan, rank)
-        heads = q.detach(), k.detach(), v.detach()
         if mesh.size() > 1:
             output = heads_to_sequence((output,), plan, mesh).to_local()
         if scores is None or ulysses.label_share is None:
             return output
-        return with_indexer_loss(
-            output, scores, partial(_indexer_gradients, ulysses, heads, layer, plan)
-        )
+        of_heads = q.detach(), k.detach(), v.detach(), layer.pop("chosen")
+        gradients = partial(_indexer_gradients, ulysses, layer, plan)
+        return with_indexer_loss(output, scores, gradients, *of_heads)
 
     def index_keys(
         self, indexer: nn.Module, keys: Tensor, documents: Documents
@@ -272,14 +271,14 @@ def _local_heads(
 
 
 def _summed_weights(
-    q: Tensor, k: Tensor, layer: dict[str, Any], plan: HeadPlan, mesh: DeviceMesh
+    q: Tensor, k: Tensor, chosen: Tensor, layer: dict[str, Any], plan: HeadPlan, mesh: DeviceMesh
 ) -> Tensor:
     """Return the attention [B, T, K] of this rank's tokens to the keys that they chose, summed over
     the heads of all ranks.
     """
     rows, tokens = q.shape[:2]
-    scores = of_documents(layer["documents"], layer["scale"], chosen=layer["chosen"])
-    sums = torch.zeros_like(layer["chosen"], dtype=torch.promote_types(q.dtype, torch.float32))
+    scores = of_documents(layer["documents"], layer["scale"], chosen=chosen)
+    sums = torch.zeros_like(chosen, dtype=torch.promote_types(q.dtype, torch.float32))
     for queries, keys in plan.runs(mesh.get_local_rank()):
         of_run = q[:, :, queries].flatten(0, 1), k[:, :, keys].flatten(0, 1)
         sums += summed_weights(*of_run, scores).unflatten(0, (rows, tokens))
@@ -288,27 +287,30 @@ def _summed_weights(
 
 def _indexer_gradients(
     ulysses: Ulysses,
-    heads: tuple[Tensor, Tensor, Tensor],
     layer: dict[str, Any],
     plan: HeadPlan,
     scores: IndexerScores,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of what an indexer has made for the whole sequence.
 
-    heads: q, k and v of this rank.
+    q, k and v are of this rank's heads and all tokens, and so is what all queries have chosen.
     """
-    mesh, share, (q, k, _) = ulysses.mesh, ulysses.label_share, heads
+    mesh, share = ulysses.mesh, ulysses.label_share
     assert share is not None
     keys = gather_sequence(scores.keys.detach(), mesh)
     sums, every = torch.zeros_like(keys, dtype=scores.queries.dtype), slice(0, keys.shape[1])
-    if scores.chosen is not None:
-        target = _summed_weights(q, k, layer, plan, mesh)
+    if chosen is not None:
+        target = _summed_weights(q, k, chosen, layer, plan, mesh)
         dq, dw = differentiate(scores, target, share, lambda _: [(every, keys, sums)])
         return dq, dw, sum_for_owners(sums, mesh)
     rank, degree = mesh.get_local_rank(), mesh.size()
     tokens, runs = q.shape[1] // degree, plan.runs(rank)
     options = of_documents(layer["documents"], layer["scale"])
-    flat = [x.flatten(0, 1) for x in heads]
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
     lse = q.new_empty(q.shape[2], len(flat[0]), dtype=torch.promote_types(q.dtype, torch.float32))
     for of_q, of_k in runs:
         run = flat[0][:, of_q], flat[1][:, of_k], flat[2][:, of_k]

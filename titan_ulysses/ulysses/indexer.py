@@ -23,6 +23,7 @@ of the heads, the indices: 4 K bytes per token.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -35,15 +36,11 @@ from transformers import PreTrainedModel
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.parts import visited
 from titan_ulysses.distributed.sequence import Documents
-from titan_ulysses.ulysses.indexer_loss import IndexerScores
+from titan_ulysses.ulysses.indexer_loss import BLOCK, TILE_NUMBERS, IndexerScores
 from titan_ulysses.ulysses.scores import visible_keys
 
 INDEXED = "indexed_attention"
 """The type of layers with an indexer, as configs name it."""
-_BLOCK = 2048
-"""Keys of a tile."""
-_TILE_NUMBERS = 2**24
-"""The most scores of a tile, over all heads: 64 MiB in fp32."""
 
 
 def indexers_of(block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
@@ -86,7 +83,10 @@ def use_indexers(
     if training == "warmup":
         model.requires_grad_(False)
     found = []
-    for block in blocks:
+    for block, after in zip_longest(blocks, list(blocks)[1:]):
+        if after is None or indexers_of(after):
+            for layer in (x for x in block.modules() if hasattr(x, "indexer")):
+                layer.register_forward_hook(_without_choice)
         for layer, module in indexers_of(block):
             module.requires_grad_(training != "frozen")
             module.forward = indexer = Indexer(module, training)
@@ -99,6 +99,13 @@ def use_indexers(
             'keys. Set it to "frozen".'
         )
     return found
+
+
+def _without_choice(layer: nn.Module, args: tuple, output: tuple) -> tuple:
+    """Return the output of an attention layer without the choice that it hands on to the next one:
+    indices of all tokens, which every block would keep for its backward.
+    """
+    return *output[:2], *(None for _ in output[2:])
 
 
 def scores_to_train(layer: nn.Module) -> IndexerScores | None:
@@ -151,7 +158,7 @@ class Indexer:
             return hidden.new_empty(*hidden.shape[:2], 0, dtype=torch.int32)
         tokens = hidden.shape[1]
         start = extent.start + mesh.get_local_rank() * tokens
-        queries, weights = seen.queries, seen.weights
+        queries, weights = seen.factors()
         chosen = hidden.new_empty(*hidden.shape[:2], 0, dtype=torch.int32)
         if not is_dense:
             chosen = choose(queries, weights, seen.scale, blocks, start, ulysses.documents, count)
@@ -201,23 +208,15 @@ class _Products(TorchFunctionMode):
             self.scale, self._scores = args[1], None
         return result
 
-    @property
-    def queries(self) -> Tensor:
-        """[B, T, H, D]"""
-        return self._of(0)
-
-    @property
-    def weights(self) -> Tensor:
-        """[B, T, H]"""
-        return self._of(1)[..., 0, :]
-
-    def _of(self, index: int) -> Tensor:
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return the queries [B, T, H, D] and the weights [B, T, H]."""
         if len(self._factors) != 2:
             raise UserError(
                 "model: its indexer does not score keys as DeepSeek-V3.2's does, which is the only "
                 "kind that this version knows."
             )
-        return self._factors[index]
+        queries, weights = self._factors
+        return queries, weights[..., 0, :]
 
 
 @torch.no_grad()
@@ -238,7 +237,7 @@ def choose(
     rows, tokens, heads = queries.shape[:3]
     best = queries.new_full((rows, tokens, count), -torch.inf)
     found = torch.full_like(best, -1, dtype=torch.int32)
-    size = max(1, _TILE_NUMBERS // (heads * _BLOCK))
+    size = max(1, TILE_NUMBERS // (heads * BLOCK))
     tiles = list[tuple[int, slice, int]]()  # row, queries, the first key of their document
     for row, lengths in enumerate(documents):
         seen, n, m = visible_keys(lengths, start, start + tokens, None)
@@ -254,8 +253,8 @@ def choose(
         for row, tile, first_key in visited(tiles, "growing"):
             own = slice(tile.start - start, tile.stop - start)
             first, last = max(first_key, held.start), min(tile.stop, held.stop)
-            for x in visited([*range(first, last, _BLOCK)]):
-                part = slice(x, min(x + _BLOCK, last))
+            for x in visited([*range(first, last, BLOCK)]):
+                part = slice(x, min(x + BLOCK, last))
                 of_part = keys[row, part.start - held.start : part.stop - held.start]
                 scores = torch.matmul(queries[row, own], of_part.t().float()).mul_(scale).relu_()
                 scores = torch.matmul(weights[row, own, None], scores)[:, 0]

@@ -32,7 +32,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from titan_ulysses.distributed.parts import visited
 
-_TILE_NUMBERS = 2**24
+BLOCK = 2048
+"""Keys of a tile of all scores."""
+TILE_NUMBERS = 2**24
 """The most scores of a tile, over all heads: 64 MiB in fp32."""
 
 KeyBlocks = Callable[[bool], Iterable[tuple[slice, Tensor, Tensor | None]]]
@@ -60,7 +62,7 @@ class IndexerScores:
     def tiles(self, keys: int) -> Iterator[tuple[int, slice]]:
         """Yield rows and tiles of their queries, for so many keys at a time."""
         rows, tokens, heads = self.weights.shape
-        size = max(1, _TILE_NUMBERS // (heads * keys))
+        size = max(1, TILE_NUMBERS // (heads * keys))
         starts = [(row, x) for row in range(rows) for x in range(0, tokens, size)]
         for row, x in visited(starts):
             yield row, slice(x, min(x + size, tokens))
@@ -115,9 +117,6 @@ def differentiate(
     return dq, dw
 
 
-_BLOCK = 2048
-"""Keys of a tile of all scores."""
-
 DenseBlocks = Callable[
     [bool], Iterable[tuple[slice, Tensor, Tensor | None, Callable[[int, slice, slice], Tensor]]]
 ]
@@ -145,10 +144,10 @@ def differentiate_all(
     lse = torch.full(places.shape, -torch.inf, device=places.device, dtype=scores.weights.dtype)
 
     def tiles(block: slice) -> Iterator[tuple[int, slice, slice, Tensor]]:
-        for x in visited([*range(block.start, block.stop, _BLOCK)]):
-            part = slice(x, min(x + _BLOCK, block.stop))
+        for x in visited([*range(block.start, block.stop, BLOCK)]):
+            part = slice(x, min(x + BLOCK, block.stop))
             keys = torch.arange(part.start, part.stop, device=places.device)
-            for row, tile in scores.tiles(_BLOCK):
+            for row, tile in scores.tiles(BLOCK):
                 first = (tokens - places[row])[tile, None]
                 seen = (keys >= first) & (keys <= tokens[tile, None])
                 yield row, tile, slice(part.start - block.start, part.stop - block.start), seen
@@ -201,32 +200,29 @@ def sum_for_owners(x: Tensor, mesh: DeviceMesh) -> Tensor:
 def with_indexer_loss(
     output: Tensor,
     scores: IndexerScores,
-    gradients: Callable[[IndexerScores], tuple[Tensor, Tensor, Tensor]],
+    gradients: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    *given: Tensor | None,
 ) -> Tensor:
     """Return the output of attention, whose backward gives queries, weights and keys of the
-    indexer the gradients that `gradients` computes.
+    indexer the gradients that `gradients(scores, *given)` computes.
     """
-    return _IndexerLoss.apply(
-        output, scores, gradients, scores.queries, scores.weights, scores.keys
-    )
+    made = scores.queries, scores.weights, scores.keys
+    own = scores.scale, scores.total, gradients
+    return _IndexerLoss.apply(output, own, *made, scores.chosen, *given)
 
 
 class _IndexerLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        output: Tensor,
-        scores: IndexerScores,
-        gradients: Callable[..., Any],
-        *made: Tensor,
-    ) -> Tensor:
-        ctx.scores, ctx.gradients = scores, gradients
-        ctx.save_for_backward(*made)
+    def forward(ctx: Any, output: Tensor, own: tuple, *tensors: Tensor | None) -> Tensor:
+        ctx.own = own
+        ctx.save_for_backward(*tensors)  # which a checkpoint does not keep
         return output.view_as(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = ctx.gradients(ctx.scores)
-        pairs = zip(found, ctx.saved_tensors, strict=True)
-        return grad, None, None, *(x.to(like.dtype) for x, like in pairs)
+        (scale, total, gradients), (q, w, k, chosen, *given) = ctx.own, ctx.saved_tensors
+        made = q, w, k
+        found = gradients(IndexerScores(*made, scale, chosen, total), *given)
+        pairs = zip(found, made, strict=True)
+        return grad, None, *(x.to(like.dtype) for x, like in pairs), None, *[None for _ in given]

@@ -36,7 +36,7 @@ class _Tile(NamedTuple):
     keys: Tensor
     """[n, K]: the keys of each query. Where there is none, or it is a key of another call, any."""
     places: Tensor
-    """[n K], by key: where the pair is in keys [n, K]"""
+    """[n K]: where each pair of keys [n, K] is by key"""
     query_of: Tensor
     """[n K], by key"""
     key_of: Tensor
@@ -63,7 +63,7 @@ class _Tile(NamedTuple):
 
     def by_query(self, x: Tensor) -> Tensor:
         """Return numbers of the pairs, [n K] by key, as [n, K]."""
-        return torch.empty_like(x).scatter_(0, self.places, x).view(self.keys.shape)
+        return x.index_select(0, self.places).view(self.keys.shape)
 
     def sum_of_keys(self, weights: Tensor, keys: Tensor) -> Tensor:
         """Return for each query the sum of the rows of its keys [M, D] times weights [n, K]."""
@@ -93,8 +93,10 @@ def _tiles(keys: int, scores: Scores) -> Iterator[_Tile]:
         exists = (indices >= 0) & (indices < keys)
         # A pair that does not exist is in a bag of its query, so that no bag has too many of them.
         named = torch.where(exists, indices, numbers[keys:, None])
-        key_of, places = named.flatten().sort()
-        query_of = (places // indices.shape[1]).int()
+        key_of, order = named.flatten().sort()
+        query_of = (order // indices.shape[1]).int()
+        counted = torch.arange(len(order), dtype=torch.int32, device=order.device)
+        places = torch.empty_like(counted).scatter_(0, order, counted)
         bags = torch.searchsorted(key_of, numbers, out_int32=True)
         yield _Tile(queries, indices.clamp(0, keys - 1), places, query_of, key_of, bags, keys)
 
@@ -108,12 +110,11 @@ def summed_weights(q: Tensor, k: Tensor, scores: Scores, lse: Tensor | None = No
     wide = torch.promote_types(q.dtype, torch.float32)
     assert scores.chosen is not None
     sums = torch.zeros_like(scores.chosen, dtype=wide)
-    for tile in _tiles(len(k), scores):
-        for head, of_keys in _heads(q, k):
-            found = tile.scores(q[tile.queries, head], k[:, of_keys], scores.scale)
-            found = tile.by_query(found)
-            total = found.logsumexp(dim=-1) if lse is None else lse[head, tile.queries]
-            sums[tile.queries] += found.sub_(_finite(total)[:, None]).exp_()
+    for tile, head, of_keys in _tiles_of_heads(q, k, scores):
+        at = tile.queries
+        found = tile.by_query(tile.scores(q[at, head], k[:, of_keys], scores.scale))
+        total = found.logsumexp(dim=-1) if lse is None else lse[head, at]
+        sums[at] += found.sub_(_finite(total)[:, None]).exp_()
     return sums
 
 
@@ -127,24 +128,24 @@ def weights_of_all(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
     return scores.flatten(0, 1).sub_(lse[..., None]).exp_().sum(dim=0)
 
 
-def _heads(q: Tensor, k: Tensor) -> Iterator[tuple[int, int]]:
-    """Yield each head of the queries with that of its keys."""
-    return ((x, x * k.shape[1] // q.shape[1]) for x in visited([*range(q.shape[1])]))
+def _tiles_of_heads(q: Tensor, k: Tensor, scores: Scores) -> Iterator[tuple[_Tile, int, int]]:
+    """Yield each tile with each head of the queries, and that of its keys."""
+    for tile in _tiles(len(k), scores):
+        for head in visited([*range(q.shape[1])]):
+            yield tile, head, head * k.shape[1] // q.shape[1]
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     output = q.new_empty(*q.shape[:2], v.shape[-1])
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=wide)
-    for tile in _tiles(len(k), scores):
-        for head, of_keys in _heads(q, k):
-            found = tile.scores(q[tile.queries, head], k[:, of_keys], scores.scale)
-            found = tile.by_query(found)
-            sums = found.logsumexp(dim=-1)
-            # A query without a key here has the sum -inf and no weights.
-            weights = found.sub_(_finite(sums)[:, None]).exp_()
-            output[tile.queries, head] = tile.sum_of_keys(weights, v[:, of_keys])
-            lse[head, tile.queries] = sums
+    for tile, head, of_keys in _tiles_of_heads(q, k, scores):
+        at = tile.queries
+        found = tile.by_query(tile.scores(q[at, head], k[:, of_keys], scores.scale))
+        lse[head, at] = sums = found.logsumexp(dim=-1)
+        # A query without a key here has the sum -inf and no weights.
+        weights = found.sub_(_finite(sums)[:, None]).exp_()
+        output[at, head] = tile.sum_of_keys(weights, v[:, of_keys])
     return output, lse
 
 
@@ -161,16 +162,16 @@ def _backward(
     dv: Tensor,
 ) -> Tensor:
     dq = torch.empty_like(q)
-    for tile in _tiles(len(k), scores):
-        for head, of_keys in _heads(q, k):
-            at, keys, values = (tile.queries, head), k[:, of_keys], v[:, of_keys]
-            sums = _finite(lse[head, tile.queries])[tile.query_of]
-            dots = (grad[at].to(lse.dtype) * output[at].to(lse.dtype)).sum(dim=-1)[tile.query_of]
-            weights = tile.scores(q[at], keys, scores.scale).sub_(sums).exp_()
-            slopes = tile.dots(grad[at], values).sub_(dots).mul_(weights).mul_(scores.scale)
-            dq[at] = tile.sum_of_keys(tile.by_query(slopes), keys)
-            tile.add_queries(dk[:, of_keys], slopes, q[at])
-            tile.add_queries(dv[:, of_keys], weights, grad[at])
+    for tile, head, of_keys in _tiles_of_heads(q, k, scores):
+        at, keys, values = (tile.queries, head), k[:, of_keys], v[:, of_keys]
+        sums = _finite(lse[head, tile.queries]).index_select(0, tile.query_of)
+        dots = (grad[at].to(lse.dtype) * output[at].to(lse.dtype)).sum(dim=-1)
+        dots = dots.index_select(0, tile.query_of)
+        weights = tile.scores(q[at], keys, scores.scale).sub_(sums).exp_()
+        slopes = tile.dots(grad[at], values).sub_(dots).mul_(weights).mul_(scores.scale)
+        dq[at] = tile.sum_of_keys(tile.by_query(slopes), keys)
+        tile.add_queries(dk[:, of_keys], slopes, q[at])
+        tile.add_queries(dv[:, of_keys], weights, grad[at])
     return dq
 
 

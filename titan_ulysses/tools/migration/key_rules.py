@@ -304,7 +304,7 @@ SHARE_HELD_OUT = "one document of a hundred is held out here, whatever the share
 
 def has_adapters(values: Flat) -> bool:
     kind = next((values[key] for key in values["--adapters"] if key in values), None)
-    return kind not in (None, False, "", "full", "freeze")
+    return str(kind).lower() in ("true", "lora", "qlora")
 
 
 def weight_decay(value: Any, values: Flat) -> Flat:
