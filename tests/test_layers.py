@@ -71,6 +71,8 @@ def all_of(simulation) -> dict:
 
 def drawn(number: int):
     """A setup with random settings of all kinds."""
+    from titan_ulysses.plan.search import at_length
+
     random = Random(number)
     while True:
         model = random.choice([x for x in MODELS if x != LEADING])
@@ -107,7 +109,9 @@ def drawn(number: int):
                 "activation_checkpoint.keep_attention": random.choice(["none", "none", "all"]),
             }
         try:
-            return setup_of(model, settings)
+            setup = setup_of(model, settings)
+            at_length(setup, 8192)  # UserError where settings exclude each other
+            return setup
         except UserError:
             continue
 
