@@ -78,7 +78,7 @@ def drawn(number: int):
         full, is_wide = random.random() < 0.8, model in ("llama", "tied")
         # What is quantized has a smallest size.
         quantized = ["none", "nf4"] if is_wide else ["none"]
-        optimizers = ["adamw", "muon"] + ["adamw8bit"] * (is_wide and world == 1)
+        optimizers = ["adamw", "muon"] + ["adamw8bit"] * (is_wide and world <= 2)
         adapters = random.random() < 0.3 and model != "qwen3_next"  # peft refuses its experts
         settings = {
             "plan.world_size": world,

@@ -237,14 +237,12 @@ class MemoryTracker(History, TorchDispatchMode):
 
     def _layer_of(self, value: object) -> int | None:
         """Return the layer that the tensors in value are of; None if they are not of one. Where
-        there is no tensor, the layer of the operation before.
+        no tensor is known, such as a table of constants, the layer of the operation before.
         """
-        tensors = tensors_in(value)
-        known = (self._alive.get(x.untyped_storage()._cdata) for x in tensors)
-        layers = {found[0].layer for found in known if found is not None} - {None}
-        if not tensors:
-            return self.layer
-        return layers.pop() if len(layers) == 1 else None
+        found = (self._alive.get(x.untyped_storage()._cdata) for x in tensors_in(value))
+        known = {one[0].layer for one in found if one is not None}
+        layers = known - {None}
+        return self.layer if not known else layers.pop() if len(layers) == 1 else None
 
     def _note(self, tensor: Tensor, func, component: str | None, layer: int | None) -> None:
         storage = tensor.untyped_storage()
