@@ -154,6 +154,13 @@ CASES = {
     ),
 }
 
+TWO_CHUNKS = {
+    "plan.world_size": 2,
+    "parallelism.sequence_parallel_degree": 2,
+    "memory.stream_chunk_tokens": 2048,
+    "memory.stream_offload": "host",
+}
+
 
 @pytest.mark.parametrize(
     "case",
@@ -181,8 +188,12 @@ def test_few_layers_tell_what_all_do(case):
     assert short.layers < whole.layers or is_replicated, "all layers were simulated"
 
 
-def test_a_second_length_takes_one_simulation(monkeypatch):
-    """What the fewest layers tell is known from the first length."""
+@pytest.mark.parametrize(
+    "case",
+    ["two chunks", *(pytest.param(n, marks=pytest.mark.slow) for n in range(40, 56))],
+)
+def test_a_second_length_takes_one_simulation(monkeypatch, case):
+    """What the fewest layers tell is known from the first length, whatever the last chunk has."""
     from titan_ulysses.plan import layers
     from titan_ulysses.plan.search import at_length
     from titan_ulysses.plan.simulate import simulate
@@ -194,8 +205,9 @@ def test_a_second_length_takes_one_simulation(monkeypatch):
         return simulate(spec, **options)
 
     monkeypatch.setattr(layers, "simulate", counted)
-    first = setup_of("llama", {"plan.world_size": 2, "parallelism.sequence_parallel_degree": 2})
-    for setup in (first, second := at_length(first, 8192)):
+    first = drawn(case) if isinstance(case, int) else setup_of("llama", TWO_CHUNKS)
+    for setup in (first, second := at_length(first, 15_360)):
         short = layers.simulate_by_layers(setup.spec, cuda=setup.workspace)
-    assert simulated == [4, 3, 4]
+    if case == "two chunks":
+        assert simulated == [4, 3, 4]
     assert all_of(short) == all_of(simulate(second.spec, cuda=setup.workspace))

@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable
 from dataclasses import replace
 from fractions import Fraction
-from itertools import count, groupby, pairwise
+from itertools import groupby, pairwise
 from math import lcm
 from typing import Any, NamedTuple
 
@@ -222,20 +222,6 @@ class _Step:
             counts[entry.layer, key] += 1
         return found
 
-    def structure(self) -> list[Hashable]:
-        """Return what all lengths have in common that differ only in sizes and amounts."""
-        found: list[Hashable] = []
-        seen: dict[int, int] = {}
-        for layer, event, tick in self.entries:
-            if tick is not None:
-                found.append((layer, tick.stage, tick.kind))
-                continue
-            one, change = self.memory.events[event]
-            moment = self._without_layer(self.memory.moments[event])
-            number = seen.setdefault(id(one), len(seen))
-            found.append((layer, number, one.component, one.place, moment, change > 0))
-        return found
-
     def comparable(self, entry: _Entry) -> Hashable:
         """Return what entries of two steps have in common if they are the same."""
         place = self.place(entry.layer)
@@ -256,15 +242,37 @@ class _Step:
         one, change = self.memory.events[entry.event]
         return (change, *one.shape) if self.identities[id(one)][0] is None else ()
 
-    def uses(self, entry: _Entry) -> tuple[int | None, int | None]:
-        """Return the layer that allocates what an event is of: how many it is after the event's,
-        and its place.
+    def kind(self, entry: _Entry) -> Hashable:
+        """Return what entries of any length have in common that do the same, maybe many times."""
+        if (tick := entry.tick) is not None:
+            return entry.layer, tick.stage, tick.kind
+        one, change = self.memory.events[entry.event]
+        moment = self._without_layer(self.memory.moments[entry.event])
+        made = self._without_layer(one.made)
+        maker = self.maker(entry)
+        return entry.layer, maker, one.component, one.place, moment, made, one.dtype, change > 0
+
+    def maker(self, entry: _Entry) -> int | None:
+        """Return the layer that allocates what a memory event is of."""
+        return self.identities[id(self.memory.events[entry.event][0])][0]
+
+    def crosses(self, entry: _Entry) -> bool:
+        """Return whether entry is of memory of a layer that a longer model may have farther away:
+        of those at the head, those between and those at the tail, it is not among the same.
         """
-        if entry.tick is not None:
-            return None, None
-        layer, _ = self.identities[id(self.memory.events[entry.event][0])]
-        after = None if layer is None or entry.layer is None else layer - entry.layer
-        return after, self.place(layer)
+        maker = None if entry.tick is not None else self.maker(entry)
+        return maker is not None and self._part(maker) != self._part(entry.layer)
+
+    def _part(self, layer: int | None) -> int | None:
+        return None if layer is None else (layer >= self.head) + (layer >= self.tail)
+
+    def reaches(self, entry: _Entry) -> tuple[int | None, int | None]:
+        """Return how many layers after the event's is the one that allocates what it is of, and the
+        place of that one.
+        """
+        maker = self.maker(entry)
+        after = None if maker is None or entry.layer is None else maker - entry.layer
+        return after, self.place(maker)
 
     def place(self, layer: int | None) -> int | None:
         if layer is None or not self.is_tail(layer):
@@ -294,15 +302,26 @@ class _Pairs:
         own = [entry for entry in more.entries if not more.is_between(entry.layer)]
         if len(own) != len(few.entries):
             raise _NotAlike
+        grown: defaultdict[Hashable, list[tuple[tuple, tuple]]] = defaultdict(list)
+        self.follows: dict[Hashable, bool] = {}
+        """By kind of event, whether the layer that allocates what it is of is as far from the
+        event's layer in both models. Otherwise it is as far from an end of the model.
+        """
         for mine, its in zip(own, few.entries, strict=True):
             if more.comparable(mine) != few.comparable(its):
                 raise _NotAlike
-        self.numbers, self._structure = more.numbers, more.structure()
-        self.uses = [few.uses(entry) for entry in few.entries]
-        self._amounts = [more.growing(entry) for entry in own]
-        self.growth = [
-            _minus(a, few.growing(b)) for a, b in zip(self._amounts, few.entries, strict=True)
-        ]
+            if amounts := more.growing(mine):
+                growth = _minus(amounts, few.growing(its))
+                grown[more.kind(mine)].append((amounts, growth))
+            if more.crosses(mine):
+                (after, place), of_few = more.reaches(mine), few.reaches(its)
+                follows = after is not None and after == of_few[0]
+                known = self.follows.setdefault(more.kind(mine), follows)
+                if known != follows or (not follows and place != of_few[1]):
+                    raise _NotAlike
+        self.numbers = more.numbers
+        self.grown = {k: both for k, both in grown.items() if any(any(g) for _, g in both)}
+        """By kind of entries that grow, the amounts of each, and by how much each period adds."""
         (of_layers, alone), (all_of_layers, self._alone) = few.collectives(), more.collectives()
         if of_layers != all_of_layers:
             raise _NotAlike
@@ -312,13 +331,33 @@ class _Pairs:
     def hold_of(self, more: _Step) -> bool:
         """Return whether they hold of the same model with another length of the sequence too.
 
-        Sizes that grow with the layers must not depend on the length.
+        Amounts that grow with the layers must not depend on the length.
         """
-        if more.structure() != self._structure:
-            return False
-        own = (more.growing(entry) for entry in more.entries if not more.is_between(entry.layer))
+        grown: dict[Hashable, list[tuple]] = {kind: [] for kind in self.grown}
+        # What a layer between has of one so many layers before or after it, others have too.
+        near = {
+            (maker - layer, *rest)
+            for layer, maker, *rest in map(more.kind, filter(more.crosses, more.entries))
+            if more.is_between(layer)
+        }
+        for entry in more.entries:
+            if more.is_between(entry.layer):
+                continue
+            kind = more.kind(entry)
+            if kind in grown:
+                grown[kind].append(more.growing(entry))
+            if more.crosses(entry) and kind not in self.follows:
+                layer, maker, *rest = kind
+                is_known = layer is None or (maker - layer, *rest) in near
+                if not is_known or (layer is None and more.is_between(maker)):
+                    return False
+                self.follows[kind] = layer is not None
+        both = []
+        for kind, known in self.grown.items():
+            if len(grown[kind]) != len(known):
+                return False
+            both += [(a, *one) for a, one in zip(grown[kind], known, strict=True)]
         alone = more.collectives()[1]
-        both: list[tuple] = [*zip(own, self._amounts, self.growth, strict=True)]
         both += [(alone.get(k), self._alone[k], growth) for k, growth in self.alone.items()]
         return all(a == b for a, b, growth in both if any(growth))
 
@@ -343,6 +382,7 @@ class _Longer:
         self.times = further // self.period + 1
         """how often the layers between are there"""
         self.memory, self.ticks = History(), list[Tick]()
+        self._seen = Counter[Hashable]()
         self._made: dict[tuple[int | None, int], Allocation] = {}
         self._moments: dict[tuple[int, int], Moment] = {}
         self._owners: dict[tuple[Owner, int], Owner] = {}
@@ -378,7 +418,7 @@ class _Longer:
 
     def _write(self) -> int:
         """Write events and ticks. Returns the step's first event."""
-        more, pair, start, end = self.more, count(), None, 0
+        more, start, end = self.more, None, 0
         for is_between, group in groupby(more.entries, lambda x: more.is_between(x.layer)):
             entries = [*group]
             first, end = end, end + len(entries)
@@ -388,7 +428,7 @@ class _Longer:
                         start = len(self.memory.events)
                     is_shifted = is_between or more.is_tail(entry.layer)
                     shift = time * self.period if is_shifted else 0
-                    self._repeat(entry, shift, None if is_between else next(pair))
+                    self._repeat(entry, shift, () if is_between else self._growth(entry))
         return start or 0
 
     def _order(self, first: int, end: int) -> range:
@@ -405,13 +445,21 @@ class _Longer:
             one, other = before, after
         return range(self.times)[:: 1 if one < other else -1]
 
-    def _repeat(self, entry: _Entry, shift: int, pair: int | None) -> None:
-        """Write an entry, of a layer whose number is higher by shift. pair: the number of the pair,
-        if the model with few layers has it too.
-        """
+    def _growth(self, entry: _Entry) -> tuple[Amount, ...]:
+        """Return by how much each period adds to what may grow of the next entry of its kind."""
+        amounts = self.more.growing(entry)
+        if not amounts:
+            return ()
+        kind = self.more.kind(entry)
+        if (grown := self.pairs.grown.get(kind)) is None:
+            return (0,) * len(amounts)
+        self._seen[kind] += 1
+        return grown[self._seen[kind] - 1][1]
+
+    def _repeat(self, entry: _Entry, shift: int, growth: tuple[Amount, ...]) -> None:
+        """Write an entry, of a layer whose number is higher by shift."""
         more = self.more
         number = None if entry.layer is None else entry.layer + shift
-        growth = () if pair is None else self.pairs.growth[pair]
         if (tick := entry.tick) is not None:
             amount = self._at_all(tick.amount, *growth) if growth else tick.amount
             event = len(self.memory.events)
@@ -428,7 +476,7 @@ class _Longer:
                 shape = tuple(map(self._at_all, one.shape, growth[1:]))
                 found = self._made[None, identity] = replace(one, shape=shape)
         else:
-            of_maker = shift if pair is None else self._shift_of(entry, maker, pair, shift)
+            of_maker = self._shift_of(entry, maker, shift)
             key = maker + of_maker, identity
             found = self._made.get(key)
             if found is None:
@@ -439,16 +487,14 @@ class _Longer:
         self.memory.events.append((found, change))
         self.memory.moments.append(self._moment(more.memory.moments[entry.event], shift))
 
-    def _shift_of(self, entry: _Entry, maker: int, pair: int, shift: int) -> int:
+    def _shift_of(self, entry: _Entry, maker: int, shift: int) -> int:
         """Return by how much the number of the layer is higher that allocates what an event is of.
 
         It is as far from the event's layer in both models, or from an end of the model.
         """
-        (after, place), of_few = self.more.uses(entry), self.pairs.uses[pair]
-        if after is not None and after == of_few[0]:
+        is_near = self.more.is_between(entry.layer) or not self.more.crosses(entry)
+        if is_near or self.pairs.follows[self.more.kind(entry)]:
             return shift
-        if place != of_few[1]:
-            raise _NotAlike
         return (self.times - 1) * self.period if self.more.is_tail(maker) else 0
 
     def _numbered(self, one: Allocation, shift: int) -> Allocation:
