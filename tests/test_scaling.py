@@ -1,4 +1,4 @@
-"""Bytes of the exchange, as scripts/bench/scaling.py plans them: closed form, plan, counters. And
+"""Bytes of the exchange: closed form (scripts/bench/scaling.py), plan, counters. And
 Megatron-style parallelism, that scripts/bench/versus_megatron.py compares with Ulysses.
 """
 
@@ -17,7 +17,6 @@ from helpers.precision import kept_in_fp64
 from helpers.ranks import run_on_ranks
 from helpers.rows import Row, make_rows
 from helpers.training import Record, largest_difference, train_plain, train_sharded
-from titan_ulysses.config.schema import Config
 from titan_ulysses.ulysses.cores import sdpa
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,25 +64,6 @@ def test_the_plan_hands_in_what_the_closed_form_says(ranks):
 def test_bytes_do_not_grow_while_every_kv_head_has_its_rank():
     """The theorem of DeepSpeed-Ulysses: S and P together."""
     assert closed_form(2) == closed_form(4) < closed_form(8)
-
-
-@pytest.mark.slow
-def test_a_scaled_plan_of_a_small_model(tmp_path, capsys):
-    from titan_ulysses.config.load import dump_toml
-
-    table = {"model": {"config": case_of(2).model, "tokenizer": "bytes"}}
-    (tmp_path / "small.toml").write_text(dump_toml(Config.model_validate(table)))
-    scaling = bench("scaling")
-    rows = scaling.weak_scaling(tmp_path / "small.toml", tokens=8192, largest=4)
-    assert [row["mesh"] for row in rows if row["streamed"]] == [[1, 1, n] for n in (1, 2, 4)]
-    assert all(row["exchanged"] == row["closed_form"] for row in rows if not row["streamed"])
-    one, *_, four = (row for row in rows if not row["streamed"])
-    assert one["exchanged"] == 0 and four["seq_len"] == 32768
-    assert four["step_seconds"] > one["step_seconds"]  # attention grows with S, a rank's part too
-    found = scaling.mixes(tmp_path / "small.toml", ranks=[16], seq_len=65536)
-    assert [1, 2, 8] in [row["mesh"] for row in found]
-    assert [2, 1, 8] in [row["mesh"] for row in found]
-    assert "planned in" in capsys.readouterr().out
 
 
 # --- against Megatron -----------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Measure what each part of ALST's recipe saves on this machine: peak memory over S, its slope, and
 step time.
 
-    python scripts/bench/ablation.py  2 CPU ranks, or all GPUs; a table, JSON and a plot
+    python scripts/bench/ablation.py  2 CPU ranks, or all GPUs
     python scripts/bench/ablation.py --what recipe --seq-lens 2048 4096 --repeats 1
 
 There are three tables. `recipe`: the parts, added one by one to activation checkpointing under
@@ -17,13 +17,10 @@ h * itemsize bytes, the size of the hidden state of one token.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from common import (
     ALLOCATOR,
     CACHING,
@@ -161,107 +158,55 @@ def heading(what: str, seq_lens: list[int], extra: str = "") -> None:
     print(f"\n{what:<26} {' '.join(f'{s:>9,}' for s in seq_lens)}  {'KiB/token':>9}{extra}")
 
 
-def recipe(bench: Bench) -> list[dict]:
+def recipe(bench: Bench) -> None:
     """Measure the parts of the recipe, added one by one."""
     seq_lens = bench.args.seq_lens
     options: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
     heading("peak MiB a rank at S =", seq_lens, f"  step at S = {seq_lens[-1]:,}")
     for name, more in RECIPE.items():
         options |= bench.offload if "offload" in more else more
         peaks = bench.peaks(seq_lens, bench.two_steps, options)
         done = [s for s, each in peaks.items() if not isinstance(each, str)]
         seconds = bench.seconds(seq_lens[-1], options) if seq_lens[-1] in done else "-"
-        rows.append({"name": name, "options": dict(options), "peaks": peaks, "seconds": seconds})
-        rows[-1]["bytes_a_token"] = bytes_a_token(peaks)
         said = f"  {seconds:8.2f} s" if isinstance(seconds, float) else f"  {seconds:.40}"
         show(name, peaks, seq_lens, said)
-    return rows
 
 
-def loss_head(bench: Bench) -> list[dict]:
+def loss_head(bench: Bench) -> None:
     """Measure the loss alone, in one tile and in many."""
     seq_lens = bench.args.head_seq_lens
-    rows: list[dict[str, Any]] = []
+    slopes = []
     heading("loss head, MiB at S =", seq_lens)
     for name, tile, lengths in (
         ("one tile", -1, [s for s in seq_lens if s <= bench.args.longest_untiled]),
         ("tiles of 64 MiB", 0, seq_lens),
     ):
         peaks = bench.peaks(lengths, bench.head, tile)
-        rows.append({"name": name, "peaks": peaks, "bytes_a_token": bytes_a_token(peaks)})
+        slopes.append(bytes_a_token(peaks))
         show(name, peaks, seq_lens)
-    untiled, tiled = (row["bytes_a_token"] for row in rows)
+    untiled, tiled = slopes
     if untiled and tiled is not None:
         print(f"slope of tiles to that of one tile: {tiled / untiled:.4f} (at most {FLAT} wanted)")
-    return rows
 
 
-def layers(bench: Bench) -> list[dict]:
+def layers(bench: Bench) -> None:
     """Measure the memory of activation checkpoints per token and layer.
 
     Slopes over S tell it, because they do not contain parameters and gradients.
     """
-    seq_lens, rows = bench.args.layers_seq_lens, []
-    where = bench.offload["offload"]
+    seq_lens, where = bench.args.layers_seq_lens, bench.offload["offload"]
     heading("peak MiB a rank at S =", seq_lens, "  units/token of the rank")
     for offload in ("none", where):
+        points = []
         for count in bench.args.layers_counts:
             peaks = bench.peaks(seq_lens, bench.two_steps, {"offload": offload}, count)
-            found = bytes_a_token(peaks)
-            units = None if found is None else found * bench.args.ranks / bench.unit
-            rows.append({"offload": offload, "layers": count, "peaks": peaks, "units": units})
-            text = "  -" if units is None else f"  {units:8.2f}"
+            text, found = "  -", bytes_a_token(peaks)
+            if found is not None:
+                points.append((count, found * bench.args.ranks / bench.unit))
+                text = f"  {points[-1][1]:8.2f}"
             show(f"offload {offload}, {count} layers", peaks, seq_lens, text)
-    each = {
-        offload: slope([(row["layers"], row["units"]) for row in rows if row["offload"] == offload])
-        for offload in ("none", where)
-        if all(row["units"] is not None for row in rows if row["offload"] == offload)
-    }
-    for offload, units in each.items():
-        print(f"offload {offload}: {units:.3f} units a token of the rank and layer")
-    return rows
-
-
-# ---------------------------------------------------------------- the plot
-
-
-def plot(table: dict[str, list[dict]], path: Path, memory: str) -> None:
-    """Draw one panel for each table."""
-    from titan_ulysses.observability.pictures import picture
-
-    titles = {
-        "recipe": "the recipe, part by part",
-        "head": "the loss head alone",
-        "layers": "checkpoints by depth",
-    }
-    with picture(path, size=(5.5 * len(table), 4.5), panels=(1, len(table))) as (_, panels):
-        for panel, (what, rows) in zip(np.atleast_1d(panels), table.items(), strict=True):
-            panel.set_title(titles[what])
-            if what == "layers":
-                for offload in dict.fromkeys(row["offload"] for row in rows):
-                    points = {
-                        row["layers"]: row["units"]
-                        for row in rows
-                        if row["offload"] == offload and row["units"] is not None
-                    }
-                    label = f"offload {offload}"
-                    panel.plot([*points], [*points.values()], marker="o", label=label)
-                unit = "peak memory: hidden states a token of a rank"
-                panel.set(xlabel="layers", ylabel=unit, ylim=(0, None))
-            else:
-                for row in rows:
-                    good = {s: p for s, p in row["peaks"].items() if not isinstance(p, str)}
-                    median = [statistics.median(p) / 2**20 for p in good.values()]
-                    panel.plot(list(good), median, marker="o", label=row["name"])
-                ticks = sorted({s for row in rows for s in row["peaks"]})
-                panel.set(xlabel="sequence length S, tokens", ylabel=f"{memory}, MiB", xscale="log")
-                panel.set_yscale("log", base=2)
-                panel.yaxis.set_major_formatter("{x:,.0f}")
-                panel.set_xticks(ticks, [f"{s // 1024}K" if s >= 1024 else str(s) for s in ticks])
-                panel.minorticks_off()
-            panel.grid(alpha=0.3)
-            panel.legend()
+        if len(points) == len(bench.args.layers_counts):
+            print(f"offload {offload}: {slope(points):.3f} units a token of the rank and layer")
 
 
 def main() -> None:
@@ -287,16 +232,11 @@ def main() -> None:
     args.ranks = args.ranks or gpus or 2
     args.dtype = args.dtype or ("bfloat16" if gpus else "float32")
     FOLDER.mkdir(parents=True, exist_ok=True)
-    bench, found = Bench(args, on_gpu=gpus > 0), {}
+    bench = Bench(args, on_gpu=gpus > 0)
     kind = f"{args.ranks} {'GPU' if gpus else 'CPU'} ranks"
     print(f"{kind}, llama, h 256, ffn 896, vocab 32,000, {args.dtype}, median of {args.repeats}")
     for what in args.what:
-        found[what] = tables[what](bench)
-        told = json.dumps({"settings": vars(args), **found}, indent=1)
-        (FOLDER / "ablation.json").write_text(told)
-    memory = "tensors on the GPU" if gpus else "anonymous memory of a rank"
-    plot(found, FOLDER / "ablation.png", memory)
-    print(f"\nwritten to {(FOLDER / 'ablation.json').relative_to(ROOT)} and .png beside it")
+        tables[what](bench)
 
 
 if __name__ == "__main__":

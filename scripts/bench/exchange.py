@@ -1,16 +1,12 @@
-"""Compare the exchange with what it replaces, forward and backward: time, and bytes of the buffers
-that are sent and received.
+"""Compare the exchange with what it replaces, forward and backward.
 
-    python scripts/bench/exchange.py  2 and 4 gloo ranks, S 4K to 64K; then the counts
+    python scripts/bench/exchange.py  2 and 4 gloo ranks, S 4K to 64K
     python scripts/bench/exchange.py --ranks 2 --seq-lens 8192
 
 Each contender moves q, k and v of one layer (h 1,024: 16 query heads of size 64, 4 KV heads, fp32)
 from sequence shards to head shards and the output back, and all four gradients the other way. The
 contenders take turns, and a ratio is the median of the ratios within each turn, so that other work
 on the machine affects all of them alike.
-
-The counts are of the all-to-alls that the real code calls, on gloo ranks, and for up to 1,024 ranks
-on fake tensors.
 """
 
 from __future__ import annotations
@@ -18,9 +14,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 from common import CACHING, child, parser_of
 
@@ -118,54 +112,12 @@ def make_inputs(heads: tuple[int, int], plan, rank: int, seq_len: int, rows: int
     ]
 
 
-# ---------------------------------------------------------------- counting
-
-
-@contextmanager
-def counted() -> Iterator[list[tuple[int, int]]]:
-    """Yield a list of the bytes sent and received by each all-to-all in this context, in order. The
-    part that stays on the rank is included.
-    """
-    from torch.distributed.tensor import DTensor
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    calls = []
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            # DTensor runs first. The operators that it calls arrive here again.
-            if DTensor in types:
-                return NotImplemented
-            result = func(*args, **(kwargs or {}))
-            if func.overloadpacket.__name__ == "all_to_all_single":
-                calls.append((args[0].nbytes, result.nbytes))
-            return result
-
-    with Count():
-        yield calls
-
-
-def closed_form(plan, rank: int, tokens: int, itemsize: int) -> list[tuple[int, int]]:
-    """Return the counts that `counted` must find in one step: of q, k, v together and of o, then in
-    backward of the gradient of o and of those of q, k, v together.
-    """
-    queries = [len(heads) for heads in plan.query]
-    all_heads = [len(q) + 2 * len(k) for q, k in zip(plan.query, plan.key_value, strict=True)]
-    head = tokens * HEAD_SIZE * itemsize  # tokens: B * T
-
-    def to_heads(heads: list[int]) -> tuple[int, int]:
-        return head * sum(heads), head * plan.degree * heads[rank]
-
-    there, back = to_heads(all_heads), to_heads(queries)
-    return [there, back[::-1], back, there[::-1]]
-
-
 # ---------------------------------------------------------------- in child processes
 
 
-def measure(seq_lens: list[int], rows: int, repeats: int) -> list[dict[str, Any]]:
+def measure(seq_lens: list[int], rows: int, repeats: int) -> list[dict[str, list[float]]]:
     """Measure on one of several gloo ranks. Returns, for each S, the seconds of each contender in
-    each turn, and the rank's counts.
+    each turn.
     """
     import torch
     import torch.distributed as dist
@@ -181,16 +133,13 @@ def measure(seq_lens: list[int], rows: int, repeats: int) -> list[dict[str, Any]
     found = []
     for seq_len in seq_lens:
         inputs = make_inputs((NUM_HEADS, NUM_KV_HEADS), plan, rank, seq_len, rows)
-        # All contenders must compute the same, and the counts must be those of the formula.
+        # All contenders must compute the same.
         reference = step(redistribute, mesh, inputs)
         for name in ("exchange", "four all-to-alls"):
             for x, expected in zip(step(CONTENDERS[name], mesh, inputs), reference, strict=True):
                 assert torch.equal(x, expected), f"{name} does not equal redistribute"
         step(four_with_repeated_kv_heads, mesh, inputs)
-        with counted() as calls:
-            step(exchange, mesh, inputs)
-        assert calls == closed_form(plan, rank, rows * seq_len // plan.degree, 4)
-        seconds = {name: [] for name in CONTENDERS}
+        seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
         for _ in range(repeats):
             for name, contender in CONTENDERS.items():
                 dist.barrier()
@@ -198,33 +147,7 @@ def measure(seq_lens: list[int], rows: int, repeats: int) -> list[dict[str, Any]
                 step(contender, mesh, inputs)
                 dist.barrier()
                 seconds[name].append(time.perf_counter() - started)
-        found.append({"seconds": seconds, "calls": calls})
-    return found
-
-
-def count(heads: tuple[int, int], degrees: list[int], tokens: int) -> list[dict[str, Any]]:
-    """Return for each P the counts of the rank with the most heads, from the real code on fake
-    tensors in a fake process group.
-    """
-    import torch.distributed as dist
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    from titan_ulysses.ulysses.heads import plan_heads
-
-    found = []
-    for degree in degrees:
-        plan, seq_len = plan_heads(*heads, degree), degree * tokens
-        heads_of = [len(q) + 2 * len(k) for q, k in zip(plan.query, plan.key_value, strict=True)]
-        rank = heads_of.index(max(heads_of))
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=degree)
-        mesh = init_device_mesh("cpu", (degree,))
-        with FakeTensorMode(), counted() as calls:
-            step(exchange, mesh, make_inputs(heads, plan, rank, seq_len))
-        assert calls == closed_form(plan, rank, tokens, 4), (degree, calls)
-        found.append({"kv_heads_received": sum(map(len, plan.key_value)), "calls": calls})
-        dist.destroy_process_group()
+        found.append(seconds)
     return found
 
 
@@ -242,44 +165,13 @@ def show_times(ranks: int, seq_lens: list[int], rows: int, repeats: int, minutes
     print(f"\n{ranks} gloo ranks, {heads}, fp32, B = {rows}, one thread each, median of {repeats}")
     wanted = "  ".join(f"{f'x {name} (>= {t})':>34}" for name, t in TARGETS.items())
     print(f"{'S':>8}  {'exchange':>10}  {wanted}")
-    for seq_len, one in zip(seq_lens, found, strict=True):
-        ours = one["seconds"]["exchange"]
+    for seq_len, seconds in zip(seq_lens, found, strict=True):
+        ours = seconds["exchange"]
         ratios = []
         for name in TARGETS:
-            turns = zip(ours, one["seconds"][name], strict=True)
+            turns = zip(ours, seconds[name], strict=True)
             ratios.append(f"{statistics.median(other / own for own, other in turns):>34.2f}")
         print(f"{seq_len:>8,}  {1e3 * statistics.median(ours):>7.1f} ms  {'  '.join(ratios)}")
-    show_calls([(ranks, s, one["calls"]) for s, one in zip(seq_lens, found, strict=True)])
-
-
-def show_calls(rows: list[tuple[int, int, list]]) -> None:
-    print(
-        f"{'P':>8} {'S':>12}  buffers of the all-to-alls, MiB sent + received: in, out, out "
-        "backward, in backward"
-    )
-    for degree, seq_len, calls in rows:
-        parts = "  ".join(
-            f"{sent / 2**20:8.2f} + {received / 2**20:<8.2f}" for sent, received in calls
-        )
-        largest = max(map(sum, calls)) / 2**20
-        print(f"{degree:>8,} {seq_len:>12,}  {parts}  largest {largest:.2f}")
-
-
-def show_counts(heads: tuple[int, int], largest: int, tokens: int) -> None:
-    degrees = [2**i for i in range(1, largest.bit_length())]
-    found = child(count, heads, degrees, tokens, minutes=20)
-    if isinstance(found, str):
-        print(f"counts: {found}")
-        return
-    print(
-        f"\ncounted under fake tensors: {heads[0]}/{heads[1]} heads, T = {tokens:,}, the rank with "
-        "the most heads"
-    )
-    rows = [(p, p * tokens, one["calls"]) for p, one in zip(degrees, found, strict=True)]
-    show_calls(rows)
-    peaks = [max(map(sum, calls)) for degree, _, calls in rows if degree <= heads[1]]
-    spread = f"{100 * (max(peaks) / min(peaks) - 1):.2f} %"
-    print(f"while P <= {heads[1]}: constant within {spread}; beyond, as the closed form says")
 
 
 def main() -> None:
@@ -289,12 +181,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1, help="B")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--minutes", type=float, default=20, help="patience a number of ranks")
-    parser.add_argument("--tokens", type=int, default=8192, help="S / P of the counts")
     args = parser.parse_args()
     for ranks in args.ranks:
         show_times(ranks, args.seq_lens, args.rows, args.repeats, args.minutes)
-    for heads in ((NUM_HEADS, NUM_KV_HEADS), (1024, 64)):
-        show_counts(heads, 1024, args.tokens)
 
 
 if __name__ == "__main__":

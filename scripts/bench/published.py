@@ -1,8 +1,5 @@
 """Published measurements of long-sequence training on GPUs, and what the planner says of the same
-runs. Nothing is run on a GPU here.
-
-    python scripts/bench/published.py                  all of them
-    python scripts/bench/published.py --only trl       those whose name has this word
+runs. Nothing is run on a GPU here: plans.py makes the table.
 
 Each measurement has its source, and the settings that come closest to its run: where others split
 a sequence as a ring, the plan has Ulysses. A ratio is the plan's figure divided by the measured
@@ -11,12 +8,14 @@ one. Where it is not within `BOUNDS`, `missing` says which cost the plan does no
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from common import ROOT, model_table, parser_of
+from common import ROOT, model_table
+
+from titan_ulysses.config.load import load_config
+from titan_ulysses.plan.planner import Plan, Setup, make_plan, set_up
 
 BOUNDS = 0.8, 1.25
 GIB, GB = 2**30, 1e9
@@ -52,7 +51,7 @@ class Measurement:
     config: str = "llama3_8b"
 
 
-def _gpus(count: int, tokens: int, more: dict[str, Any]) -> dict[str, Any]:
+def gpus(count: int, tokens: int, more: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of sequences of so many tokens, each on all GPUs unless more differs."""
     own = {"plan.world_size": count, "parallelism.sequence_parallel_degree": count}
     return own | {"training.seq_len": tokens} | more
@@ -102,40 +101,40 @@ PUBLISHED = [
     Measurement(
         "ALST, Llama-3-8B, 3.7M tokens, 8 H100",
         "arXiv 2506.13996, table 4; FlashAttention 2",
-        _gpus(8, 3_700_000, LIKE_ALST),
+        gpus(8, 3_700_000, LIKE_ALST),
         [(SECONDS, 6455)],
     ),
     _by_trl(
         "TRL, Qwen3-8B, 1M, 8 H100",
         "TRL, docs/source/long_context_training.md and pull request 6846; cuDNN's attention",
-        _gpus(8, 2**20, LIKE_TRL),
+        gpus(8, 2**20, LIKE_TRL),
         [(SECONDS, 380), (PEAK, 56.2)],
     ),
     _by_trl(
         "TRL, Qwen3-8B, 1M, 8 H100, FlashAttention 2",
         "transformers, pull request 48324",
-        _gpus(8, 2**20, LIKE_TRL | {"plan.attention_kernel": "fa2"}),
+        gpus(8, 2**20, LIKE_TRL | {"plan.attention_kernel": "fa2"}),
         [(SECONDS, 606)],
     ),
-    _by_trl("TRL, Qwen3-8B, 4M, 32 H100", TRL, _gpus(32, 2**22, LIKE_TRL), [(SECONDS, 1346)]),
+    _by_trl("TRL, Qwen3-8B, 4M, 32 H100", TRL, gpus(32, 2**22, LIKE_TRL), [(SECONDS, 1346)]),
     _by_trl(
         "TRL, Qwen3-0.6B, 1M, 8 H100, checkpoints on the GPU",
         "pull request 6845; accelerate, pull request 4175",
-        _gpus(8, 2**20, LIKE_TRL | SMALL | {"activation_checkpoint.offload": "none"}),
+        gpus(8, 2**20, LIKE_TRL | SMALL | {"activation_checkpoint.offload": "none"}),
         [(SECONDS, 137), (PEAK, 27.9)],
         "K and V of all tokens, which accelerate's ring gathers: 4.3 GB",
     ),
     _by_trl(
         "TRL, Qwen3-0.6B, 1M, 8 H100, checkpoints on the host",
         "accelerate, pull request 4175",
-        _gpus(8, 2**20, LIKE_TRL | SMALL),
+        gpus(8, 2**20, LIKE_TRL | SMALL),
         [(PEAK, 20.8)],
         "the same K and V: 4.3 GB",
     ),
     _by_trl(
         "TRL, Qwen3-0.6B, 4M, 8 H100",
         TRL,
-        _gpus(8, 2**22, LIKE_TRL | SMALL),
+        gpus(8, 2**22, LIKE_TRL | SMALL),
         [(SECONDS, 2135), (PEAK, 73.7)],
         "the same K and V: 17.2 GB",
     ),
@@ -143,58 +142,62 @@ PUBLISHED = [
         "TRL, Qwen3-32B, 1M, 8 H100",
         TRL,
         # Its weights, gradients and moments in fp32 would be 66 GB a GPU, more than was measured.
-        _gpus(8, 2**20, LIKE_TRL | ON_HOST),
+        gpus(8, 2**20, LIKE_TRL | ON_HOST),
         [(SECONDS, 1295), (PEAK, 60.8)],
         config="qwen3_32b",
     ),
     Measurement(
         "FPDT, Llama-3-8B, 2M, 4 A100",
         "arXiv 2408.16978, table 3",
-        _gpus(4, 2**21, FOUR_A100 | LIKE_FPDT),
+        gpus(4, 2**21, FOUR_A100 | LIKE_FPDT),
         [(MFU, 55.7)],
     ),
     Measurement(
         "ALST, Llama-3-8B, 500K, 1 H100",
         "arXiv 2506.13996, section 5.2",
-        _gpus(1, 500_000, LIKE_ALST),
+        gpus(1, 500_000, LIKE_ALST),
         [(FITS, 79.1)],
     ),
     Measurement(
         "ALST, Llama-3-8B, 15M, 32 H100",
         "arXiv 2506.13996, section 5.2",
-        _gpus(32, 15_000_000, LIKE_ALST),
+        gpus(32, 15_000_000, LIKE_ALST),
         [(FITS, 79.1)],
     ),
     Measurement(
         "UPipe, Llama-3-8B, 5M, 8 H100",
         "arXiv 2602.21196, abstract",
-        _gpus(8, 5 * 2**20, {"memory.optimizer_offload": True}),
+        gpus(8, 5 * 2**20, {"memory.optimizer_offload": True}),
         [(FITS, 79.1)],
     ),
     Measurement(
         "Unsloth, gpt-oss-20b, QLoRA, 500K, 1 H100",
         "docs.unsloth.ai/new/500k-context-length-fine-tuning",
-        _gpus(1, 500 * 2**10, WHOLE | QLORA | {"model.config": GPT_OSS}),
+        gpus(1, 500 * 2**10, WHOLE | QLORA | {"model.config": GPT_OSS}),
         [(FITS, 79.1)],
     ),
     Measurement(
         "Marin, 129B, 14.6B active, 4,096 tokens, 512 GB200",
         "marin-community/marin, issue 7201",
-        _gpus(512, 4096, WHOLE | GB200 | REPLICAS | {"model.config": MARIN}),
+        gpus(512, 4096, WHOLE | GB200 | REPLICAS | {"model.config": MARIN}),
         [(MFU, 22.3)],
     ),
 ]
 
 
-def plan_of(one: Measurement) -> Any:
-    from titan_ulysses.config.load import load_config
-    from titan_ulysses.plan.planner import make_plan, set_up
-
-    config = load_config(ROOT / "configs" / f"{one.config}.toml", one.settings.items())
-    return make_plan(set_up(config))
+def setup_of(config: str, settings: dict[str, Any]) -> Setup:
+    return set_up(load_config(ROOT / "configs" / f"{config}.toml", settings.items()))
 
 
-def compare(one: Measurement, plan: Any) -> list[dict[str, Any]]:
+def planned(config: str, settings: dict[str, Any]) -> Plan:
+    return make_plan(setup_of(config, settings))
+
+
+def plan_of(one: Measurement) -> Plan:
+    return planned(one.config, one.settings)
+
+
+def compare(one: Measurement, plan: Plan) -> list[dict[str, Any]]:
     """Return a row for each figure of a measurement."""
     rows = []
     for what, measured in one.measured:
@@ -202,24 +205,3 @@ def compare(one: Measurement, plan: Any) -> list[dict[str, Any]]:
         row = {"name": one.name, "source": one.source, "unit": what.unit, "measured": measured}
         rows.append(row | {"planned": planned, "ratio": planned / measured, "missing": missing})
     return rows
-
-
-def main() -> None:
-    parser = parser_of(__doc__)
-    parser.add_argument("--only", default="", help="a word in the names of those to plan")
-    args = parser.parse_args()
-    print(f"planned (simulated), not measured\n{'':<50} {'measured':>9} {'planned':>9} ratio  took")
-    for one in PUBLISHED:
-        if args.only.lower() not in one.name.lower():
-            continue
-        started = time.perf_counter()
-        rows = compare(one, plan_of(one))
-        for row in rows:
-            print(
-                f"{row['name']:<50} {row['measured']:9,.1f} {row['planned']:9,.1f} "
-                f"{row['ratio']:5.2f} {time.perf_counter() - started:5.0f} s  {row['unit']}"
-            )
-
-
-if __name__ == "__main__":
-    main()

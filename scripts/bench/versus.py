@@ -5,9 +5,6 @@ weights, sequences and steps.
     python scripts/bench/versus.py --peers
         also accelerate with DeepSpeed and torch's ring attention; and what a user writes for each
     python scripts/bench/versus.py --what memory --contenders ours alst --dtypes float32
-    python scripts/bench/versus.py --breakdown
-        which tensors are alive at our peak, and what made them
-    python scripts/bench/versus.py --profile            where our step's time goes
 
 DeepSpeed gets an environment of its own, .venv-deepspeed (see versus_deepspeed.py). Every number
 comes from fresh gloo processes with one thread each.
@@ -26,7 +23,6 @@ import json
 import socket
 import statistics
 import sys
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -149,16 +145,9 @@ class Match:
         layers = self.args.layers or MODELS[what]["num_hidden_layers"]
         return {**MODELS[what], "num_hidden_layers": layers}
 
-    def child(
-        self,
-        contender: str,
-        what: str,
-        dtype: str,
-        lengths: list[int],
-        by: Callable[[dict[str, Any]], Any] = contend,
-    ) -> Any:
-        """Run one contender. Returns what its ranks found (`by`), or a string with the reason where
-        it failed.
+    def child(self, contender: str, what: str, dtype: str, lengths: list[int]) -> Any:
+        """Run one contender. Returns what its ranks found (`contend`), or a string with the reason
+        where it failed.
         """
         config = self.model(what)
         folder = FOLDER / (what if self.args.layers is None else f"{what}-{self.args.layers}")
@@ -181,7 +170,7 @@ class Match:
         if contender == "accelerate":
             how["launcher"] = accelerate_launch(ranks, dtype, python)
         allocator = CACHING if what == "time" else ALLOCATOR
-        return child(by, settings, **how, env={**allocator, **variables})
+        return child(contend, settings, **how, env={**allocator, **variables})
 
     def agreement(self) -> list[dict]:
         """Compare losses and gradient norms of a few steps at a small S. Ends the program where
@@ -364,11 +353,6 @@ def arguments() -> argparse.Namespace:
         "large are faster",
     )
     add("--minutes", type=float, default=30, help="patience a process")
-    for name, what in {
-        "--breakdown": "the tensors alive at our peak",
-        "--profile": "the operators of our step",
-    }.items():
-        add(name, action="store_true", help=f"only this: {what}, at S = 8K")
     args = parser.parse_args()
     # Ours is first, because the others are compared with it.
     args.contenders = [name for name in CONTENDERS if name in args.contenders]
@@ -377,11 +361,6 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    if args.breakdown or args.profile:
-        import versus_peak
-
-        return versus_peak.main(args, Match)
-
     if args.peers:
         import versus_peers
 
