@@ -234,15 +234,15 @@ def indexers() -> Iterator[list[str]]:
     numbers are transformers' defaults.
     """
     runs = product(("deepseek_v32", "glm_moe_dsa"), ((8, "H200"), (32, "H100-80GB")))
-    for model, (gpus, gpu) in runs:
-        run = {"model.config": {"model_type": model}, "plan.gpu": gpu, "plan.world_size": gpus}
+    for model, (number, gpu) in runs:
+        run = {"model.config": {"model_type": model}, "plan.gpu": gpu, "plan.world_size": number}
         plan = planned(QWEN, SPARSE | run)
         assert plan.fits, (model, gpu)
         parts = ("parameters", "gathered parameters", "checkpoints")
         memory = [plan.peak.components[x] for x in parts]
         seconds = [plan.time.parts[x] for x in ("indexer", "sparse attention")]
         seconds.append(plan.time.seconds)
-        cells = [model, f"{gpus} x {gpu}", gib(plan.gpu_bytes), *map(gib, memory)]
+        cells = [model, f"{number} x {gpu}", gib(plan.gpu_bytes), *map(gib, memory)]
         yield [*cells, *map(time_text, seconds)]
 
 
