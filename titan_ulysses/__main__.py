@@ -15,7 +15,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
@@ -93,7 +93,7 @@ def run(argv: list[str]) -> None:
         _hide_gpus()
         tokens = config.training.seq_len
         with shown(f"{config.job.name}: {tokens:,} tokens a sequence on {config.plan.gpu}"):
-            with _large_imports():
+            with _large_imports(without=_NOT_FOR_PLANS):
                 from titan_ulysses.plan.report import plan_and_report
 
             return plan_and_report(config)
@@ -118,19 +118,27 @@ def run(argv: list[str]) -> None:
     Trainer(config, own_process=True).train()
 
 
+_NOT_FOR_PLANS = ("accelerate", "torchao", "torchvision")
+"""What transformers imports wherever it is installed, for weights and pictures: over a second."""
+
+
 @contextmanager
-def _large_imports() -> Iterator[None]:
+def _large_imports(*, without: Sequence[str] = ()) -> Iterator[None]:
     """Keep the garbage collector from what is imported here, all of which stays.
 
     It would look through hundreds of thousands of objects again and again: while a rank starts, and
-    later in the middle of a step.
+    later in the middle of a step. without: packages that count as not installed meanwhile.
     """
+    hidden = [name for name in without if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: not to be found
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
         gc.enable()
+        for name in hidden:
+            del sys.modules[name]
 
 
 def _hide_gpus() -> None:
@@ -144,7 +152,7 @@ def _run_with_model(command: str, argv: list[str]) -> None:
     check_model_path(asked.model)  # at once, before the large imports
     _hide_gpus()
     with shown(f"{asked.model} on {asked.gpus.count} x {asked.gpus.name}"):
-        with _large_imports():
+        with _large_imports(without=_NOT_FOR_PLANS):
             from titan_ulysses.plan.init import init, plan_model
 
         init(asked) if command == "init" else plan_model(asked)

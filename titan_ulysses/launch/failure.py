@@ -208,10 +208,10 @@ def _another_has_failed() -> bool:
 
 
 def leave_together(code: int = 0) -> None:
-    """End this rank when all ranks have done their work; do nothing without a process group.
+    """End this process when all ranks have done their work.
 
-    The interpreter's own shutdown is skipped: during it, threads of a process group may abort a
-    rank whose peer has already ended.
+    The interpreter's own shutdown is skipped: it takes two seconds for what torch and transformers
+    import, and threads of a process group may abort a rank during it whose peer has already ended.
     """
     if "torch" not in sys.modules:
         return  # --help and --print-config do not import it
@@ -221,8 +221,8 @@ def leave_together(code: int = 0) -> None:
         # The barrier fails on a rank whose peer has already ended; that rank is only late.
         with suppress(Exception):
             dist.barrier()
-        _ending.acquire()  # the store may go now, and nobody needs to hear of it
-        _exit(code)
+    _ending.acquire()  # the store may go now, and nobody needs to hear of it
+    _exit(code)
 
 
 def _print(message: str) -> None:
