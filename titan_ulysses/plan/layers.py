@@ -242,7 +242,7 @@ class _Step:
         one, change = self.memory.events[entry.event]
         return (change, *one.shape) if self.identities[id(one)][0] is None else ()
 
-    def kind(self, entry: _Entry) -> Hashable:
+    def kind(self, entry: _Entry) -> tuple[Any, ...]:
         """Return what entries of any length have in common that do the same, maybe many times."""
         if (tick := entry.tick) is not None:
             return entry.layer, tick.stage, tick.kind
@@ -352,13 +352,12 @@ class _Pairs:
                 if not is_known or (layer is None and more.is_between(maker)):
                     return False
                 self.follows[kind] = layer is not None
-        both = []
-        for kind, known in self.grown.items():
-            if len(grown[kind]) != len(known):
-                return False
-            both += [(a, *one) for a, one in zip(grown[kind], known, strict=True)]
         alone = more.collectives()[1]
-        both += [(alone.get(k), self._alone[k], growth) for k, growth in self.alone.items()]
+        both: list[tuple] = [(alone.get(k), self._alone[k], n) for k, n in self.alone.items()]
+        for of_kind, known in self.grown.items():
+            if len(grown[of_kind]) != len(known):
+                return False
+            both += [(a, *one) for a, one in zip(grown[of_kind], known, strict=True)]
         return all(a == b for a, b, growth in both if any(growth))
 
 
