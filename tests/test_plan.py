@@ -437,6 +437,27 @@ def test_the_longest_sequence_that_a_host_has_room_for():
     assert not make_plan(at_length(setup, found.seq_len + 256)).host_fits
 
 
+@pytest.mark.slow
+def test_what_frees_a_gpu_is_not_tried_where_the_host_is_full():
+    """With it, no sequence is longer."""
+    from titan_ulysses.plan.planner import make_plan, set_up
+    from titan_ulysses.plan.search import longest, search, with_settings
+
+    # Its buffers of checkpoints are as large as these.
+    settings = {"activation_checkpoint__offload": "host"} | SHALLOW
+    room = plan_of(**settings, training__seq_len=20_480).host_bytes / 2**30
+    setup = set_up(config(**settings, plan__host_memory_gib=room))
+    found = [*search(setup, make_plan(setup))]
+    best = max(one.plan.seq_len for one in found if one.plan)
+    left_out = [one for one in found if "host memory ends the sequence" in one.refused]
+    assert len(left_out) > 2
+    for one in left_out:
+        if "optimizer.name" in one.changes:  # too small a model for 8-bit states
+            continue
+        most = longest(with_settings(setup, one.changes), near=best, close=0.01)
+        assert most is None or most.seq_len <= 1.02 * best, one.what
+
+
 def test_hidden_states_off_the_gpu_take_time():
     """Closed form: what each part of the model reads and writes, in bf16."""
     from titan_ulysses.plan.cost import OFF_DEVICE, TO_DEVICE
