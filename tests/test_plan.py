@@ -438,7 +438,7 @@ def test_the_longest_sequence_that_a_host_has_room_for():
 
 
 @pytest.mark.slow
-def test_what_frees_a_gpu_is_not_tried_where_the_host_is_full():
+def test_what_frees_a_gpu_is_not_tried_where_it_has_room():
     """With it, no sequence is longer."""
     from titan_ulysses.plan.planner import make_plan, set_up
     from titan_ulysses.plan.search import longest, search, with_settings
@@ -449,7 +449,7 @@ def test_what_frees_a_gpu_is_not_tried_where_the_host_is_full():
     setup = set_up(config(**settings, plan__host_memory_gib=room))
     found = [*search(setup, make_plan(setup))]
     best = max(one.plan.seq_len for one in found if one.plan)
-    left_out = [one for one in found if "host memory ends the sequence" in one.refused]
+    left_out = [one for one in found if "a GPU has room" in one.refused]
     assert len(left_out) > 2
     for one in left_out:
         if "optimizer.name" in one.changes:  # too small a model for 8-bit states

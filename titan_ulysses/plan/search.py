@@ -315,7 +315,7 @@ class SearchResult:
     """why this model cannot have these settings, or why they are not tried"""
 
 
-_FULL_HOST = "host memory ends the sequence, and this frees none of it"
+_HAS_ROOM = "a GPU has room for more tokens, and this frees no other memory"
 
 
 def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
@@ -323,9 +323,9 @@ def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
     sequence-parallel degree, then with one more of `FEATURES` after the other.
 
     Where host memory limits a length, more blocks share a checkpoint, as long as that makes the
-    sequence longer. The steps after it keep that setting. Where it limits the length still, a
-    feature that frees memory of a GPU alone is not tried. One that this model cannot have, or that
-    is not tried, is left out of the steps after it.
+    sequence longer. The steps after it keep that setting. Where a GPU has room for more tokens, a
+    feature that frees no other memory is not tried. One that this model cannot have, or that is not
+    tried, is left out of the steps after it.
     """
     found = configured = SearchResult("as configured", {}, longest(setup, first))
     yield configured
@@ -347,8 +347,8 @@ def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
         if more and not differs(before, more):
             continue  # the feature is on already
         leaves_host = any(value is False and value_of(before, key) for key, value in more.items())
-        if more and _host_limits(setup, found) and not leaves_host:
-            yield (one := SearchResult(what, together, None, refused=_FULL_HOST))
+        if more and _gpu_has_room(found) and not leaves_host:
+            yield (one := SearchResult(what, together, None, refused=_HAS_ROOM))
         elif not differs(setup.config, together):
             one = replace(configured, changes=together)
         else:
@@ -380,19 +380,18 @@ def _longest_with(
     return SearchResult(what, changes, plan)
 
 
-def _fills(size: float, memory: float | None) -> bool:
-    """Return whether memory is what limits a length: a search ends closer to a limit than 2 %."""
-    return size > 0.98 * (memory or inf)
-
-
-def _host_limits(setup: Setup, found: SearchResult) -> bool:
-    return found.plan is not None and _fills(found.plan.host_bytes, setup.host_memory)
+def _gpu_has_room(found: SearchResult) -> bool:
+    """Return whether a GPU is not what ends the longest sequence: host memory is, files or time."""
+    plan = found.plan
+    return plan is not None and plan.gpu_bytes < 0.95 * plan.setup.gpu_memory
 
 
 def _fewer_checkpoints(setup: Setup, found: SearchResult) -> Iterator[SearchResult]:
     layers = getattr(setup.model_config, "num_hidden_layers", 1)
     every = found.changes["activation_checkpoint.every"]
-    while found.plan and _host_limits(setup, found) and 2 * every <= layers:
+    # What limits the length is the host: a search ends closer to a limit than 2 %.
+    room = 0.98 * (setup.host_memory or inf)
+    while found.plan and found.plan.host_bytes > room and 2 * every <= layers:
         is_streamed = found.plan.setup.config.memory.stream_offload != "none"
         if is_streamed and 2 * every**2 >= layers:
             return  # as many inputs, of all checkpoints and of the blocks of one: layers / k + k
