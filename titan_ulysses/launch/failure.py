@@ -221,6 +221,8 @@ def leave_together(code: int = 0) -> None:
         # The barrier fails on a rank whose peer has already ended; that rank is only late.
         with suppress(Exception):
             dist.barrier()
+    else:
+        sys.stdout.flush()  # OSError where what was printed cannot be written
     _ending.acquire()  # the store may go now, and nobody needs to hear of it
     _exit(code)
 
