@@ -99,13 +99,17 @@ ROUTERS_IN_FP32 = {
     "sarvam_moe",
     "solar_open",
 }
-STATES_IN_FP32 = set(HYBRIDS) - {"olmo_hybrid", "lfm2", "lfm2_moe"}
+STATES_IN_FP32 = set(HYBRIDS) - {"lfm2", "lfm2_moe"}
 AMPLIFIED_BY_ADAMW = {"gemma2", "gemma3_text", "gemma4_text", "llama4_text"}
 AMPLIFIED_BY_ADAMW |= ROUTERS_IN_FP32 | STATES_IN_FP32
 
 ROUNDING_AMPLIFIED = {"gemma4_text": 5e-12}
 """Bounds of families whose own steps make more of fp64's rounding: 1.4e-12 after three steps,
 with scores that are not divided by the size of a head."""
+
+FP32_AMPLIFIED = {"olmo_hybrid": 3e-6}
+"""The same where a family's fp32 steps stay fp32: 1.4e-6 in A_log, whose gradient is a sum over
+tokens, on four ranks that share the heads unevenly. In fp64 they agree to 4e-15."""
 
 STEPS = 2
 LENGTHS = {  # two rows of 24 tokens, cut at the borders of ranks, next to them and across them
@@ -183,7 +187,8 @@ def check_as_it_is(family: str, degree: int, lengths: str, core: str) -> None:
             Record(r.losses, r.grad_norms[:1], r.gradients[:1]) for r in (found, expected)
         )
     worst = largest_difference(found, expected)
-    assert max(worst.values()) < 1e-6, {k: v for k, v in worst.items() if v >= 1e-6}
+    bound = FP32_AMPLIFIED.get(family, 1e-6)
+    assert max(worst.values()) < bound, {k: v for k, v in worst.items() if v >= bound}
 
 
 Case = tuple[str, int, str, str]

@@ -186,7 +186,10 @@ IN_CI = {
     "gemma4_text": "sp2",
     "qwen3_moe": "dp2 x sp2",
 }
-SLOW_CASES = [(family, mesh) for family in FAMILIES for mesh in MESHES]
+# tests/test_sparse.py streams those with indexers. Here two of their scores are equal, zero in all
+# heads, and which key is then read is not defined.
+WITHOUT_INDEXER = [name for name in FAMILIES if "index_topk" not in FAMILIES[name]]
+SLOW_CASES = [(family, mesh) for family in WITHOUT_INDEXER for mesh in MESHES]
 
 
 @pytest.mark.parametrize(("family", "mesh"), [x for x in IN_CI.items() if x[0] in FAMILIES])
