@@ -85,9 +85,9 @@ class OffDevice:
     @property
     def place(self) -> tuple[int, int, int]:
         """The storage, and the first byte in it and the one after the last."""
-        buffer = self.buffer
-        start = buffer.storage_offset()
-        return buffer.untyped_storage()._cdata, start, start + buffer.numel()
+        x = self.tensor
+        start = x.storage_offset() * x.element_size()
+        return x.untyped_storage()._cdata, start, start + x.numel() * x.element_size()
 
 
 class OffloadedTensor(OffDevice):

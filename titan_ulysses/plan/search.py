@@ -14,7 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import inf, sqrt
+from math import ceil, inf, sqrt
 from typing import Any
 
 from titan_ulysses.config.load import config_of
@@ -126,13 +126,18 @@ def _by_moment(plan: Plan) -> dict[tuple, float]:
     return highest
 
 
-def _limit_of_buffers(setup: Setup, a: Plan | None, b: Plan) -> int | None:
+def _limit_of_buffers(
+    setup: Setup, a: Plan | None, b: Plan, *, checkpoints: float = 1.0
+) -> int | None:
     """Return the length up to which a node's host memory has room for its buffers: the size of each
     is on a line through a and b, and rounded up. None where the two do not have the same ones.
 
     Without a, sizes are proportional to the length but for those of parameters and their kind.
+    checkpoints: how many times as large those of b are taken to be.
     """
-    high = _on_host(b)
+    high = {
+        x: n * checkpoints if x.component == "checkpoints" else n for x, n in _on_host(b).items()
+    }
     low = _on_host(a) if a else {x: n * (x.component in _FIXED) for x, n in high.items()}
     kinds = ([(x.component, x.label, x.made[:3]) for x in alive] for alive in (low, high))
     if next(kinds) != next(kinds) or not setup.host_memory:
@@ -152,14 +157,15 @@ def _on_host(plan: Plan) -> dict[Allocation, int]:
     return plan.simulation.memory.peak("host", first=plan.simulation.start).alive
 
 
-def _guess(plan: Plan) -> int:
+def _guess(plan: Plan, *, checkpoints: float = 1.0) -> int:
     """Return about which length fits, from a single one: all memory is taken to grow with it but
-    that of parameters and their kind.
+    that of parameters and their kind. checkpoints: how many times as large they would be on the
+    host.
     """
     setup, peak = plan.setup, plan.peak.components
     fixed = plan.gpu_bytes - sum(n for name, n in peak.items() if name not in _FIXED)
     room = max(0.0, setup.gpu_memory - fixed) / max(1.0, plan.gpu_bytes - fixed)
-    of_host = _limit_of_buffers(setup, None, plan) or inf
+    of_host = _limit_of_buffers(setup, None, plan, checkpoints=checkpoints) or inf
     unit = _UNIT * setup.degrees.sequence
     return max(unit, int(min(room * plan.seq_len, of_host, _MAX_TOKENS)) // unit * unit)
 
@@ -232,15 +238,15 @@ def longest(
     first: Plan | None = None,
     *,
     near: int = 0,
-    longer: bool = False,
+    least: int = 0,
     close: float = 0.0,
     simulations: int = 6,
     plan: Callable[[Setup], Plan] = make_plan,
 ) -> Plan | None:
     """Find the longest sequence that fits, and simulate it; None where none fits.
 
-    first: a plan at any length. near: the length to begin with where there is no such plan. longer:
-    search nothing shorter than it. close: the share of its length by which the result may be too
+    first: a plan at any length. near: the length to begin with where there is no such plan. least:
+    give up where nothing longer fits. close: the share of its length by which the result may be too
     short. plan: what makes a plan. Where memory does not limit the length, the result is the length
     at which the search ends (see `is_unlimited`).
     """
@@ -248,10 +254,13 @@ def longest(
     if first is None:
         first = plan(at_length(setup, max(unit, near // unit * unit or 64 * unit)))
     own, other = first.seq_len, min(_guess(first), _MAX_EXTRAPOLATION * first.seq_len)
-    if longer and not first.fits_in_time:
+    in_time = setup.config.plan.max_step_seconds
+    if own <= least and not first.fits_in_time:
         return None
+    if close and first.fits_in_time and not in_time and other <= own * (1 + close):
+        return first
     is_close = abs(other - own) < _CLOSE * own  # no line goes through two lengths that are
-    if is_close or setup.config.plan.max_step_seconds:
+    if is_close or in_time:
         other = max(unit, own // 2 // unit * unit)
     known = [first, plan(at_length(setup, other if other != own else 2 * own))]
     for _ in range(simulations):
@@ -262,7 +271,8 @@ def longest(
         failing = (one.seq_len for one in known if not one.fits_in_time)
         guess = min([guess, *(length - unit for length in failing)])
         is_known = guess in map(_length, known)
-        if guess < unit or is_known or (best and guess <= best.seq_len * (1 + close)):
+        is_found = best is not None and guess <= best.seq_len * (1 + close)
+        if guess < unit or guess <= least or is_known or is_found:
             return best
         known.append(plan(at_length(setup, guess)))
     return max((one for one in known if one.fits_in_time), key=_length, default=None)
@@ -352,7 +362,7 @@ def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
         elif not differs(setup.config, together):
             one = replace(configured, changes=together)
         else:
-            yield (one := _longest_with(what, setup, together, near=found))
+            yield (one := _longest_with(what, setup, together, near=_tokens(found)))
         if one.refused:
             continue
         found, changes = one, together
@@ -366,18 +376,21 @@ def _longest_with(
     setup: Setup,
     changes: dict[str, Any],
     *,
-    near: SearchResult | None = None,
-    longer: bool = False,
+    near: int = 0,
+    least: int = 0,
 ) -> SearchResult:
-    length = near.plan.seq_len if near and near.plan else 0
     LINE.about = f"{what.strip()}: "
     try:
-        plan = longest(with_settings(setup, changes), near=length, longer=longer, close=_TOLERANCE)
+        plan = longest(with_settings(setup, changes), near=near, least=least, close=_TOLERANCE)
     except UserError as error:
         return SearchResult(what, changes, None, refused=str(error))
     finally:
         LINE.about = ""
     return SearchResult(what, changes, plan)
+
+
+def _tokens(found: SearchResult | None) -> int:
+    return found.plan.seq_len if found and found.plan else 0
 
 
 def _gpu_has_room(found: SearchResult) -> bool:
@@ -395,10 +408,11 @@ def _fewer_checkpoints(setup: Setup, found: SearchResult) -> Iterator[SearchResu
         is_streamed = found.plan.setup.config.memory.stream_offload != "none"
         if is_streamed and 2 * every**2 >= layers:
             return  # as many inputs, of all checkpoints and of the blocks of one: layers / k + k
+        fewer = ceil(layers / (2 * every)) / ceil(layers / every)
         every *= 2
         changes = found.changes | {"activation_checkpoint.every": every}
-        what = f"    {every} blocks a checkpoint"
-        other = _longest_with(what, setup, changes, near=found, longer=True)
+        what, near = f"    {every} blocks a checkpoint", _guess(found.plan, checkpoints=fewer)
+        other = _longest_with(what, setup, changes, near=near, least=_tokens(found))
         if other.plan is None or other.plan.seq_len <= found.plan.seq_len:
             return
         yield (found := other)
@@ -452,7 +466,7 @@ def ladder(setup: Setup, configured: SearchResult | None = None) -> Iterator[Sea
         if configured and not differs(setup.config, changes):
             yield replace(configured, what=what, changes=changes)
         else:
-            yield (found := _longest_with(what, setup, changes, near=found))
+            yield (found := _longest_with(what, setup, changes, near=_tokens(found)))
 
 
 def value_of(config: Config, key: str) -> Any:

@@ -88,7 +88,7 @@ class Standin:
         self._note(_pairs_of_pieces(scores))
         size = v.shape[-1]
         output, lse = _FORWARD(*_heads_first(q, k, v), 0.0, False, scale=scores.scale)
-        return output[0, ..., :size].transpose(0, 1), lse.reshape(lse.shape[1:])
+        return output.narrow(-1, 0, size).squeeze(0).transpose(0, 1), lse.squeeze(0)
 
     def _backward(
         self,
@@ -117,12 +117,14 @@ class Standin:
         # The blocks of earlier keys are alike, and a long sequence has thousands.
         for first, stop in chain([(0, own)], visited([*pairwise([*starts, len(k)])])):
             self._note(pairs - earlier if dq is None else Fraction(earlier, len(starts)))
-            keys = slice(first, stop)
-            inputs = _heads_first(grad, q, k[keys], v[keys], output)
-            parts = _BACKWARD(*inputs, lse[None], 0.0, False, scale=scores.scale)
-            parts = [part[0].transpose(0, 1) for part in parts]
-            dk[keys].add_(parts[1][..., : k.shape[-1]])
-            dv[keys].add_(parts[2][..., : v.shape[-1]])
+            keys, values, dkeys, dvalues = (
+                x.narrow(0, first, stop - first) for x in (k, v, dk, dv)
+            )
+            inputs = _heads_first(grad, q, keys, values, output)
+            parts = _BACKWARD(*inputs, lse.unsqueeze(0), 0.0, False, scale=scores.scale)
+            parts = [part.squeeze(0).transpose(0, 1) for part in parts]
+            dkeys.add_(parts[1].narrow(-1, 0, k.shape[-1]))
+            dvalues.add_(parts[2].narrow(-1, 0, v.shape[-1]))
             if dq is None:
                 dq = parts[0].to(dk.dtype) if starts else parts[0]
             else:
@@ -143,7 +145,7 @@ _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
     """Return tensors [N, H, D] as [1, H, N, D], padded to one D."""
-    return [x.transpose(0, 1)[None] for x in of_one_size(*tensors)]
+    return [x.transpose(0, 1).unsqueeze(0) for x in of_one_size(*tensors)]
 
 
 def _pairs_of_pieces(scores: Scores) -> int:

@@ -205,7 +205,7 @@ class KeyBlocks(KeysAndValues):
     def _places(self, tensors: Sequence[Tensor], tokens: slice) -> list[Tensor]:
         size = self.span.size
         start = tokens.start // size % self._chunks_count * size
-        return [x[:, start : start + tokens.stop - tokens.start] for x in tensors]
+        return [x.narrow(1, start, tokens.stop - tokens.start) for x in tensors]
 
     def _fetch(self, tensors: Sequence[Tensor], block: slice, then: slice | None) -> list[Tensor]:
         ahead = [None] * len(tensors) if then is None else self._places(tensors, then)

@@ -304,10 +304,9 @@ def _windows(x: Tensor, heads: range, first: range, count: int) -> Tensor:
     """View x [B, T, H, D] as [count, T, B, h, D]: some heads of the first window, and the same of
     those that follow it.
     """
-    windows = x[:, :, first.start : first.start + count * len(first)]
-    windows = windows.unflatten(2, (count, len(first)))
+    windows = x.narrow(2, first.start, count * len(first)).unflatten(2, (count, len(first)))
     if heads != first:
-        windows = windows[:, :, :, heads.start - first.start : heads.stop - first.start]
+        windows = windows.narrow(3, heads.start - first.start, len(heads))
     return windows.permute(2, 1, 0, 3, 4)
 
 
@@ -316,7 +315,7 @@ def _accumulate(windows: Tensor, places: Tensor, *, shared: int) -> None:
 
     What several ranks have for a window is summed.
     """
-    values = places.sum(dim=1) if places.shape[1] > 1 else places[:, 0]
+    values = places.sum(dim=1) if places.shape[1] > 1 else places.select(1, 0)
     if shared:
         windows[..., :shared, :].add_(values[..., :shared, :])
         windows, values = windows[..., shared:, :], values[..., shared:, :]

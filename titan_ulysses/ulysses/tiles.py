@@ -147,12 +147,12 @@ class Merged:
         self._sum.zero_()
 
     def add(self, queries: slice, output: Tensor, lse: Tensor) -> None:
-        before, sum_ = self._lse[:, queries], self._sum[:, queries]
+        before, sum_ = (x.narrow(1, queries.start, lse.shape[1]) for x in (self._lse, self._sum))
         total = torch.logaddexp(before, lse)
         # Queries that have seen no key yet have a sum of -inf; what is subtracted must be finite.
         finite = total.clamp(min=torch.finfo(total.dtype).min)
-        sum_.mul_((before - finite).exp_()[..., None])
-        sum_.add_(output * (lse - finite).exp_()[..., None])
+        sum_.mul_((before - finite).exp_().unsqueeze(-1))
+        sum_.add_(output * (lse - finite).exp_().unsqueeze(-1))
         before.copy_(total)
 
     def end(self) -> None:
