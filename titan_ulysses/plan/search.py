@@ -254,13 +254,13 @@ def longest(
     if first is None:
         first = plan(at_length(setup, max(unit, near // unit * unit or 64 * unit)))
     own, other = first.seq_len, min(_guess(first), _MAX_EXTRAPOLATION * first.seq_len)
-    in_time = setup.config.plan.max_step_seconds
+    most_seconds = setup.config.plan.max_step_seconds
     if own <= least and not first.fits_in_time:
         return None
-    if close and first.fits_in_time and not in_time and other <= own * (1 + close):
+    if close and first.fits_in_time and not most_seconds and other <= own * (1 + close):
         return first
     is_close = abs(other - own) < _CLOSE * own  # no line goes through two lengths that are
-    if is_close or in_time:
+    if is_close or most_seconds:
         other = max(unit, own // 2 // unit * unit)
     known = [first, plan(at_length(setup, other if other != own else 2 * own))]
     for _ in range(simulations):
