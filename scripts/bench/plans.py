@@ -34,7 +34,7 @@ from titan_ulysses.plan import fastest, plots, search
 from titan_ulysses.plan.cost import Time, step_time
 from titan_ulysses.plan.planner import Plan, Setup, make_plan
 from titan_ulysses.plan.run_cost import other_kernels
-from titan_ulysses.plan.searches import what_ends
+from titan_ulysses.plan.searches import ending
 from titan_ulysses.plan.simulate import shared_ranks
 from titan_ulysses.setup.parallelize import wrap
 
@@ -79,11 +79,11 @@ def ladder() -> Iterator[list[str]]:
     """The ladder: its picture, and what ALST measured beside it."""
     steps = []
     for step, theirs in zip(search.ladder(setup_of(LLAMA, LIKE_ALST | DISK)), ALST, strict=True):
-        assert step.plan, f"{step.what}: {step.refused or 'no length fits'}"
+        assert step.plan, f"{step.what}: {step.left_out or 'no length fits'}"
         steps.append(step)
         length, seconds = step.plan.seq_len, time_text(step.plan.time.seconds)
         beside = [f"{theirs:,}", f"{length:,}", f"{length / theirs:.2f}"] if theirs else []
-        yield [step.what, *(beside or ["-", f"{length:,}", "-"]), what_ends(step.plan), seconds]
+        yield [step.what, *(beside or ["-", f"{length:,}", "-"]), ending(step.plan), seconds]
     plots.ladder(
         steps,
         ROOT / "docs" / "memory_ladder.png",

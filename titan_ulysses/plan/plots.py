@@ -15,7 +15,7 @@ from titan_ulysses.observability.units import size_text, time_text, time_unit_of
 from titan_ulysses.plan.names import COMPONENT_NAMES, component_name
 from titan_ulysses.plan.planner import Plan
 from titan_ulysses.plan.search import SearchResult
-from titan_ulysses.plan.searches import what_ends
+from titan_ulysses.plan.searches import ending
 
 _COLUMNS = 1000
 """Columns of the timeline. Each shows the highest moment of its part of the step."""
@@ -190,7 +190,7 @@ def ladder(
             text = " does not fit"
             if step.plan:
                 seconds = time_text(step.plan.time.seconds)
-                text = f" {length:,}: {what_ends(step.plan)}, {seconds} a step"
+                text = f" {length:,}: {ending(step.plan)}, {seconds} a step"
             axes.text(length, place, text, va="center", fontsize=9)
         axes.set_yticks(places + (0.2 if theirs else 0), [step.what for step in steps])
         axes.set_xscale("log")

@@ -176,6 +176,22 @@ def is_unlimited(setup: Setup, seq_len: int) -> bool:
     return seq_len >= _MAX_TOKENS // unit * unit
 
 
+def what_ends(plan: Estimate) -> str:
+    """Return what a longest sequence has most of in use, so that no longer one fits: "GPU", "host",
+    "disk" or "time"; "search" where only the search ends it.
+    """
+    setup, most = plan.setup, plan.setup.config.plan.max_step_seconds
+    if is_unlimited(setup, plan.seq_len):
+        return "search"
+    used = {
+        "GPU": plan.gpu_bytes / setup.gpu_memory,
+        "host": plan.host_bytes / (setup.host_memory or inf),
+        "disk": plan.disk_bytes / (setup.disk or inf),
+        "time": plan.time.seconds / (most or inf),
+    }
+    return max(used, key=used.__getitem__)
+
+
 def estimate(first: Plan) -> int:
     """Estimate the longest sequence that fits from the plan of one length; 0 where none fits.
 
@@ -321,8 +337,8 @@ class SearchResult:
     changes: dict[str, Any]
     plan: Plan | None
     """of the longest sequence; None where no length fits, or where the settings are refused"""
-    refused: str = ""
-    """why this model cannot have these settings, or why they are not tried"""
+    left_out: str = ""
+    """why these settings are not tried: the model cannot have them, or they would gain nothing"""
 
 
 _HAS_ROOM = "a GPU has room for more tokens, and this frees no other memory"
@@ -357,13 +373,14 @@ def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
         if more and not differs(before, more):
             continue  # the feature is on already
         leaves_host = any(value is False and value_of(before, key) for key, value in more.items())
-        if more and _gpu_has_room(found) and not leaves_host:
-            yield (one := SearchResult(what, together, None, refused=_HAS_ROOM))
+        is_in_gpu = found.plan is None or what_ends(found.plan) == "GPU"
+        if more and not is_in_gpu and not leaves_host:
+            yield (one := SearchResult(what, together, None, left_out=_HAS_ROOM))
         elif not differs(setup.config, together):
             one = replace(configured, changes=together)
         else:
             yield (one := _longest_with(what, setup, together, near=_tokens(found)))
-        if one.refused:
+        if one.left_out:
             continue
         found, changes = one, together
         for longer in _fewer_checkpoints(setup, found):
@@ -383,7 +400,7 @@ def _longest_with(
     try:
         plan = longest(with_settings(setup, changes), near=near, least=least, close=_TOLERANCE)
     except UserError as error:
-        return SearchResult(what, changes, None, refused=str(error))
+        return SearchResult(what, changes, None, left_out=str(error))
     finally:
         LINE.about = ""
     return SearchResult(what, changes, plan)
@@ -393,18 +410,10 @@ def _tokens(found: SearchResult | None) -> int:
     return found.plan.seq_len if found and found.plan else 0
 
 
-def _gpu_has_room(found: SearchResult) -> bool:
-    """Return whether a GPU is not what ends the longest sequence: host memory is, files or time."""
-    plan = found.plan
-    return plan is not None and plan.gpu_bytes < 0.95 * plan.setup.gpu_memory
-
-
 def _fewer_checkpoints(setup: Setup, found: SearchResult) -> Iterator[SearchResult]:
     layers = getattr(setup.model_config, "num_hidden_layers", 1)
     every = found.changes["activation_checkpoint.every"]
-    # What limits the length is the host: a search ends closer to a limit than 2 %.
-    room = 0.98 * (setup.host_memory or inf)
-    while found.plan and found.plan.host_bytes > room and 2 * every <= layers:
+    while found.plan and what_ends(found.plan) == "host" and 2 * every <= layers:
         is_streamed = found.plan.setup.config.memory.stream_offload != "none"
         if is_streamed and 2 * every**2 >= layers:
             return  # as many inputs, of all checkpoints and of the blocks of one: layers / k + k

@@ -16,7 +16,7 @@ from titan_ulysses.observability.units import size_text, time_text
 from titan_ulysses.plan.fastest import Candidate, Search
 from titan_ulysses.plan.planner import Estimate, Setup
 from titan_ulysses.plan.run_cost import RunCost, run_cost
-from titan_ulysses.plan.search import SearchResult, differs, is_unlimited
+from titan_ulysses.plan.search import SearchResult, differs, is_unlimited, what_ends
 from titan_ulysses.plan.status_line import LINE
 
 
@@ -55,27 +55,21 @@ def tell_longest(console: Console, title: str, found: Iterable[SearchResult]) ->
 
 def _outcome(one: SearchResult) -> str:
     if one.plan is None:
-        return f"refused: {one.refused}" if one.refused else "does not fit at any length"
+        return f"left out: {one.left_out}" if one.left_out else "does not fit at any length"
     most = "at least " if is_unlimited(one.plan.setup, one.plan.seq_len) else ""
     return (
         f"{f'{most}{one.plan.seq_len:,}':>11} tokens, a step {time_text(one.plan.time.seconds)}; "
-        f"{what_ends(one.plan)}"
+        f"{ending(one.plan)}"
     )
 
 
-def what_ends(plan: Estimate) -> str:
-    """Return what a longest sequence has most of in use, so that no longer one fits."""
-    setup, most = plan.setup, plan.setup.config.plan.max_step_seconds
-    if is_unlimited(setup, plan.seq_len):
-        return "the planner looks no further"
-    used = {"the GPU is full": plan.gpu_bytes / setup.gpu_memory}
-    if setup.host_memory:
-        used["the host is full"] = plan.host_bytes / setup.host_memory
-    if setup.disk:
-        used["the disk is full"] = plan.disk_bytes / setup.disk
-    if most:
-        used[f"at most {time_text(most)} a step"] = plan.time.seconds / most
-    return max(used, key=used.__getitem__)
+def ending(plan: Estimate) -> str:
+    """Return in words what ends a longest sequence."""
+    ends = what_ends(plan)
+    return {
+        "search": "the planner looks no further",
+        "time": f"at most {time_text(plan.setup.config.plan.max_step_seconds)} a step",
+    }.get(ends, f"the {ends} is full")
 
 
 def tell_fastest(console: Console, search: Search) -> list[Candidate]:
