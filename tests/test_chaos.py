@@ -38,7 +38,7 @@ def test_a_slice_of_each_campaign(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_slice_of_the_long_campaigns(tmp_path: Path) -> None:
     cases = ["reshape=2", "hang=1", "storage=3", "soak=1"]
-    code, text, lines = play(*cases, "--soak-seconds=4", "--seed=3", out=tmp_path / "out")
+    code, text, lines = play(*cases, "--soak-seconds=15", "--seed=3", out=tmp_path / "out")
     assert code == 0, text
     assert len(lines) == 7
 

@@ -185,6 +185,7 @@ class _Step:
         self._names: dict[int, int] = {}
         self.entries = self._entries()
         self.identities = self._identities()
+        self._near = {self._from_here(x) for x in self.entries if self.is_between(x.layer)}
 
     def is_between(self, layer: int | None) -> bool:
         return layer is not None and self.head <= layer < self.tail
@@ -266,13 +267,31 @@ class _Step:
     def _part(self, layer: int | None) -> int | None:
         return None if layer is None else (layer >= self.head) + (layer >= self.tail)
 
-    def reaches(self, entry: _Entry) -> tuple[int | None, int | None]:
-        """Return how many layers after the event's is the one that allocates what it is of, and the
-        place of that one.
+    def _from_here(self, entry: _Entry) -> Hashable:
+        """Return the kind of an event of another layer's memory, and how many layers after its own
+        that one is; None where the two layers are in the same part, or one is none.
+        """
+        if entry.layer is None or not self.crosses(entry):
+            return None
+        layer, maker, *rest = self.kind(entry)
+        return (maker - layer, *rest)
+
+    def reaches(self, entry: _Entry, follows: bool) -> int | None:
+        """Return which layer allocates what an event is of: how many layers after the event's if it
+        follows that one, else its place.
         """
         maker = self.maker(entry)
-        after = None if maker is None or entry.layer is None else maker - entry.layer
-        return after, self.place(maker)
+        if maker is None or entry.layer is None or not follows:
+            return self.place(maker)
+        return maker - entry.layer
+
+    def follows(self, entry: _Entry) -> bool:
+        """Return whether the layer that allocates what an event is of is as far from the event's
+        layer in a longer model: if it is one between, or if those between do the same. Otherwise it
+        is as far from an end of the model.
+        """
+        where = self._from_here(entry)
+        return where is not None and (self.is_between(self.maker(entry)) or where in self._near)
 
     def place(self, layer: int | None) -> int | None:
         if layer is None or not self.is_tail(layer):
@@ -303,10 +322,6 @@ class _Pairs:
         if len(own) != len(few.entries):
             raise _NotAlike
         grown: defaultdict[Hashable, list[tuple[tuple, tuple]]] = defaultdict(list)
-        self.follows: dict[Hashable, bool] = {}
-        """By kind of event, whether the layer that allocates what it is of is as far from the
-        event's layer in both models. Otherwise it is as far from an end of the model.
-        """
         for mine, its in zip(own, few.entries, strict=True):
             if more.comparable(mine) != few.comparable(its):
                 raise _NotAlike
@@ -314,10 +329,8 @@ class _Pairs:
                 growth = _minus(amounts, few.growing(its))
                 grown[more.kind(mine)].append((amounts, growth))
             if more.crosses(mine):
-                (after, place), of_few = more.reaches(mine), few.reaches(its)
-                follows = after is not None and after == of_few[0]
-                known = self.follows.setdefault(more.kind(mine), follows)
-                if known != follows or (not follows and place != of_few[1]):
+                follows = more.follows(mine)
+                if more.reaches(mine, follows) != few.reaches(its, follows):
                     raise _NotAlike
         self.numbers = more.numbers
         self.grown = {k: both for k, both in grown.items() if any(any(g) for _, g in both)}
@@ -334,24 +347,15 @@ class _Pairs:
         Amounts that grow with the layers must not depend on the length.
         """
         grown: dict[Hashable, list[tuple]] = {kind: [] for kind in self.grown}
-        # What a layer between has of one so many layers before or after it, others have too.
-        near = {
-            (maker - layer, *rest)
-            for layer, maker, *rest in map(more.kind, filter(more.crosses, more.entries))
-            if more.is_between(layer)
-        }
         for entry in more.entries:
             if more.is_between(entry.layer):
                 continue
             kind = more.kind(entry)
             if kind in grown:
                 grown[kind].append(more.growing(entry))
-            if more.crosses(entry) and kind not in self.follows:
-                layer, maker, *rest = kind
-                is_known = layer is None or (maker - layer, *rest) in near
-                if not is_known or (layer is None and more.is_between(maker)):
-                    return False
-                self.follows[kind] = layer is not None
+            is_at_end = more.crosses(entry) and not more.follows(entry)
+            if is_at_end and more.is_between(more.maker(entry)):
+                return False
         alone = more.collectives()[1]
         both: list[tuple] = [(alone.get(k), self._alone[k], n) for k, n in self.alone.items()]
         for of_kind, known in self.grown.items():
@@ -492,7 +496,7 @@ class _Longer:
         It is as far from the event's layer in both models, or from an end of the model.
         """
         is_near = self.more.is_between(entry.layer) or not self.more.crosses(entry)
-        if is_near or self.pairs.follows[self.more.kind(entry)]:
+        if is_near or self.more.follows(entry):
             return shift
         return (self.times - 1) * self.period if self.more.is_tail(maker) else 0
 
