@@ -158,14 +158,14 @@ def test_a_rehearsal_of_other_settings(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_rehearsal_of_streaming(tmp_path: Path) -> None:
     found = rehearse("gpu_check_streaming.py", tmp_path / "found.json")
-    assert [result["verdict"] for result in found.values()] == ["ok"] * 4
+    assert {result["verdict"] for result in found.values()} == {"ok"}
     assert max(found["gradients"]["figures"].values()) < 1e-5
 
 
 @pytest.mark.slow
 def test_a_rehearsal_of_eight(tmp_path: Path) -> None:
     found = rehearse("gpu_check_8.py", tmp_path / "found.json")
-    assert [result["verdict"] for result in found.values()] == ["ok"] * 3
+    assert {result["verdict"] for result in found.values()} == {"ok"}
     assert found["step_1m"]["figures"]["loss"] > 0
 
 
