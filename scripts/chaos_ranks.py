@@ -142,6 +142,9 @@ def _be_rank(
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             os.environ["TORCHELASTIC_RUN_ID"] = "chaos"
         prepare(rank)
+        import torch
+
+        torch.set_num_threads(1)  # makes torch's pool of threads again, before two threads do
         from titan_ulysses.__main__ import run
         from titan_ulysses.launch.failure import exit_on_error
 

@@ -437,8 +437,10 @@ def test_settings_without_end(lines: str, message: str, tmp_path: Path) -> None:
 
 def test_options_without_end(toml: Path) -> None:
     for value in (DEEP, f'{{"a": {DEEP}}}'):
-        with pytest.raises(UserError, match="--model.freeze: its value is nested too deep"):
-            parse_command_line(["--config", str(toml), f"--model.freeze={value}"])
+        # Python 3.13 reads deeper JSON than others.
+        with pytest.raises(UserError, match=r"model\.freeze: (its value )?is nested (too )?deep"):
+            arguments = ["--config", str(toml), f"--model.freeze={value}"]
+            load_config(toml, parse_command_line(arguments).overrides)
     message = error_of(toml, (f"model.config{'.a' * 5000}", 1))
     assert message == "model.config: is nested deeper than 50 levels"
     assert len(error_of(toml, ("training.steps", "9" * 5000))) < 600

@@ -477,7 +477,7 @@ SOURCES = {
     "data:image/png;base64,AAAA": UNKNOWN,
     "/nowhere/a.png": "No such file or directory",
     "/": "it is not a file",
-    "a\0b": "embedded null byte",
+    "a\0b": "embedded null",
 }
 
 

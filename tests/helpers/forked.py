@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -236,6 +237,8 @@ def _import_all() -> None:
     import helpers.preload  # noqa: F401
 
     subprocess_handler.Popen = Fork
+    # Python 3.12 and newer say so at each fork. No thread of torch's holds a lock here.
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 
 
 class Fork(subprocess.Popen):
@@ -283,6 +286,10 @@ def _as_new(env: dict[str, str], outputs: list[int]) -> None:
     if env.get("PYTHONFAULTHANDLER"):
         faulthandler.enable()
     sys.stdout.reconfigure(write_through=True)
+    if (torch := sys.modules.get("torch")) is not None:
+        # torch makes its pool of threads again in a fork. Two threads that do it at once find none,
+        # "Invalid thread pool": autograd's first one, for example, beside this one.
+        torch.set_num_threads(torch.get_num_threads())
 
 
 def _run(command: list[str]) -> int:

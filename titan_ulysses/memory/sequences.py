@@ -177,7 +177,7 @@ class SequenceStore(Sequences):
 
 
 def _tokens_of(whole: Tensor, tokens: slice, dim: int) -> Tensor:
-    return whole.narrow(dim, tokens.start, tokens.stop - tokens.start)
+    return whole[:, tokens] if dim else whole[tokens]
 
 
 def _references(x: Tensor) -> int:
