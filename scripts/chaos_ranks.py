@@ -144,7 +144,7 @@ def _be_rank(
         prepare(rank)
         import torch
 
-        torch.set_num_threads(1)  # makes torch's pool of threads again, before two threads do
+        torch.set_num_threads(1)  # again, in the fork: see `renew_threads` in gpu_check.py
         from titan_ulysses.__main__ import run
         from titan_ulysses.launch.failure import exit_on_error
 

@@ -161,11 +161,21 @@ def run_trainer(config: Any, kind: type | None = None) -> None:
         (kind or Trainer)(config).train()
 
 
+def renew_threads() -> None:
+    """Let torch make its pool of threads again, in a fork: two threads that ask for it at once, as
+    autograd's do, find none there ("Invalid thread pool").
+    """
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())
+
+
 def in_fork(fn: Callable[..., Any], *arguments: Any) -> int:
     """Call fn in a process of its own, whose allocator's peak begins at 0; return its status."""
     pid = os.fork()
     if pid == 0:
         try:
+            renew_threads()
             fn(*arguments)
         except BaseException:
             traceback.print_exc()
@@ -634,6 +644,7 @@ def answer(check: Check, scale: Scale, connection: Connection) -> None:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     result: Figures = {"verdict": "ok"}
     try:
+        renew_threads()
         if scale.rehearses:
             import torch
 

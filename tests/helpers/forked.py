@@ -237,7 +237,7 @@ def _import_all() -> None:
     import helpers.preload  # noqa: F401
 
     subprocess_handler.Popen = Fork
-    # Python 3.12 and newer say so at each fork. No thread of torch's holds a lock here.
+    # Python 3.12 and newer warn of it at each fork. torch's threads are idle then.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 
 
@@ -287,8 +287,7 @@ def _as_new(env: dict[str, str], outputs: list[int]) -> None:
         faulthandler.enable()
     sys.stdout.reconfigure(write_through=True)
     if (torch := sys.modules.get("torch")) is not None:
-        # torch makes its pool of threads again in a fork. Two threads that do it at once find none,
-        # "Invalid thread pool": autograd's first one, for example, beside this one.
+        # See `renew_threads` in scripts/gpu_check.py.
         torch.set_num_threads(torch.get_num_threads())
 
 

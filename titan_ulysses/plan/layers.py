@@ -353,8 +353,7 @@ class _Pairs:
             kind = more.kind(entry)
             if kind in grown:
                 grown[kind].append(more.growing(entry))
-            is_at_end = more.crosses(entry) and not more.follows(entry)
-            if is_at_end and more.is_between(more.maker(entry)):
+            if entry.layer is None and more.crosses(entry) and more.is_between(more.maker(entry)):
                 return False
         alone = more.collectives()[1]
         both: list[tuple] = [(alone.get(k), self._alone[k], n) for k, n in self.alone.items()]

@@ -341,7 +341,7 @@ class SearchResult:
     """why these settings are not tried: the model cannot have them, or they would gain nothing"""
 
 
-_HAS_ROOM = "a GPU has room for more tokens, and this frees no other memory"
+_NOT_THE_GPU = "memory of a GPU does not end the sequence, and this frees no other"
 
 
 def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
@@ -349,9 +349,9 @@ def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
     sequence-parallel degree, then with one more of `FEATURES` after the other.
 
     Where host memory limits a length, more blocks share a checkpoint, as long as that makes the
-    sequence longer. The steps after it keep that setting. Where a GPU has room for more tokens, a
-    feature that frees no other memory is not tried. One that this model cannot have, or that is not
-    tried, is left out of the steps after it.
+    sequence longer. The steps after it keep that setting. Where something else than memory of a GPU
+    ends a sequence, a feature that frees no other memory is not tried. One that this model cannot
+    have, or that is not tried, is left out of the steps after it.
     """
     found = configured = SearchResult("as configured", {}, longest(setup, first))
     yield configured
@@ -373,9 +373,9 @@ def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
         if more and not differs(before, more):
             continue  # the feature is on already
         leaves_host = any(value is False and value_of(before, key) for key, value in more.items())
-        is_in_gpu = found.plan is None or what_ends(found.plan) == "GPU"
-        if more and not is_in_gpu and not leaves_host:
-            yield (one := SearchResult(what, together, None, left_out=_HAS_ROOM))
+        gpu_ends = found.plan is None or what_ends(found.plan) == "GPU"
+        if more and not gpu_ends and not leaves_host:
+            yield (one := SearchResult(what, together, None, left_out=_NOT_THE_GPU))
         elif not differs(setup.config, together):
             one = replace(configured, changes=together)
         else:
